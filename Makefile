@@ -1,0 +1,28 @@
+# Each target makes .venv when it is missing, installs what it needs and reuses it afterwards.
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: .venv/demo.stamp
+	.venv/bin/python examples/train_text.py $(ARGS)
+
+test: .venv/test.stamp
+	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+lint: .venv/dev.stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.venv/%.stamp: $(INPUTS) | .venv/bin/python
+	$(PIP) -e ".[$*]"
+	touch $@
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "spanopt needs Python 3.10 or later: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,24 @@
+"""Span-scaled attention gradients for any PyTorch optimizer and any transformer."""
+
+from spanopt.attach import SpanHooks, UnscaledLayerError, attach
+from spanopt.node import span_node
+from spanopt.optimizer import SpanScaledOptimizer
+from spanopt.projection import decompose, project, rescale
+from spanopt.scale import SpanGroup, SpanScale
+from spanopt.sites import AttentionSite, find_attention
+
+__all__ = [
+    "AttentionSite",
+    "SpanGroup",
+    "SpanHooks",
+    "SpanScale",
+    "SpanScaledOptimizer",
+    "UnscaledLayerError",
+    "attach",
+    "decompose",
+    "find_attention",
+    "project",
+    "rescale",
+    "span_node",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,368 @@
+"""Installing taps on a model's attention layers and taking them off again."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spanopt.projection import check_ridge
+from spanopt.scale import ScaleLike, SpanGroup, SpanScale, resolve_scales
+from spanopt.sites import AttentionSite, find_attention
+from spanopt.taps import HANDLERS
+from spanopt.taps.tap import Nesting, Tap
+
+__all__ = ["SpanHooks", "UnscaledLayerError", "attach"]
+
+_ON_MISSING = ("error", "warn", "ignore")
+
+# The layers that carry a tap just now.
+_claimed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class UnscaledLayerError(RuntimeError):
+    """A layer that was asked for was not scaled: its Q and K were not seen."""
+
+
+class SpanHooks:
+    """The taps installed on one model; what :func:`attach` returns.
+
+    A context manager: on leaving, the model is as it was before.
+
+    Attributes:
+        sites: The attention layers of the model, scaled or not.
+        groups: One editable :class:`~spanopt.scale.SpanGroup` per scaled layer.
+
+    Example:
+        >>> from torch import Tensor, nn
+        >>> model = nn.TransformerEncoderLayer(8, nhead=2)
+        >>> with attach(model) as hooks:
+        ...     hooks.groups
+        [{'name': 'self_attn', 'parallel': 2.0, 'violation': 1.0, 'query': None, 'key': None}]
+        >>> len(model.self_attn._forward_hooks)
+        0
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[AttentionSite],
+        scales: Mapping[str, SpanScale | None],
+        ridge: float | None,
+        on_missing: str,
+    ) -> None:
+        self.sites = list(sites)
+        self.groups: list[SpanGroup] = []
+        self._groups: list[SpanGroup] = []
+        self._taps: list[Tap] = []
+        self._handles: list[Any] = []
+        self._modules: list[nn.Module] = []
+        self._on_missing = on_missing
+        nesting = Nesting()
+        for site in sites:
+            scale = scales[site.name]
+            if scale is not None:
+                tap = Tap(site, scale, ridge, HANDLERS, nesting)
+                self._taps.append(tap)
+                self.groups.append(SpanGroup(site.name, scale, tap.set_scale))
+                self._groups.append(self.groups[-1])
+                self._install(tap)
+            elif any(_contains(outer, site.module) for outer in self._modules):
+                # Left alone, inside a layer that is scaled: a tap that does nothing shields it.
+                self._install(Tap(site, SpanScale(1.0, 1.0), ridge, HANDLERS, nesting))
+
+    def _install(self, tap: Tap) -> None:
+        module = tap.site.module
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook is _inert]:
+                del hooks[key]
+        strict = self._on_missing == "error"
+        # Prepended, and the forward hook is called always: an exception leaves no mode entered.
+        self._handles += [
+            module.register_forward_pre_hook(_Enter(tap), prepend=True),
+            module.register_forward_hook(_Leave(tap, strict), always_call=True),
+        ]
+        self._modules.append(module)
+        _claimed.add(module)
+
+    def unseen(self) -> list[str]:
+        """Return the scaled layers whose Q and K were not seen since :meth:`forget`.
+
+        Returns:
+            Their names.
+
+        Example:
+            >>> from torch import Tensor, nn
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).unseen()
+            ['self_attn']
+        """
+        return [tap.site.name for tap in self._taps if not tap.seen]
+
+    def forget(self) -> None:
+        """Forget which layers were seen, as after an optimizer step.
+
+        Example:
+            >>> from torch import Tensor, nn
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).forget()
+        """
+        for tap in self._taps:
+            tap.seen = False
+
+    def check(self) -> None:
+        """Complain, as ``on_missing`` says, of every scaled layer that was not seen.
+
+        Raises:
+            UnscaledLayerError: There is one, and ``on_missing`` is ``"error"``.
+
+        Example:
+            >>> from torch import Tensor, nn
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).check()
+            Traceback (most recent call last):
+            ...
+            spanopt.attach.UnscaledLayerError: not scaled since the last step: layer 'self_attn'...
+        """
+        missing = self.unseen()
+        if not missing or self._on_missing == "ignore":
+            return
+        message = (
+            f"not scaled since the last step: layer{'s' if len(missing) > 1 else ''} "
+            f"{', '.join(map(repr, missing))}. Q and K were not seen in a forward pass with "
+            "gradients. If a layer was skipped or is frozen on purpose, pass "
+            "on_missing='warn' or 'ignore', or scale it with None; if the model was compiled and "
+            "run before it was wrapped, call torch.compiler.reset() after wrapping; if the layer's "
+            "forward was called directly, call the module instead"
+        )
+        if self._on_missing == "error":
+            self.forget()
+            raise UnscaledLayerError(message)
+        warnings.warn(message, stacklevel=3)
+
+    def remove(self) -> None:
+        """Take everything off the model. Doing it twice is harmless.
+
+        Example:
+            >>> from torch import Tensor, nn
+            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2))
+            >>> hooks.remove()
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        _claimed.difference_update(self._modules)
+        self._modules.clear()
+
+    def __enter__(self) -> SpanHooks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return table(self)
+
+
+def attach(
+    model: nn.Module,
+    scales: Mapping[str, ScaleLike | None] | SpanScale | None = None,
+    *,
+    ridge: float | None = None,
+    on_missing: str = "error",
+    example_inputs: Any = None,
+    parameters: Iterable[Tensor] | None = None,
+) -> SpanHooks:
+    """Rescale the attention gradients of a model by span, without an optimizer.
+
+    For frameworks that build their own optimizer; otherwise use
+    :class:`~spanopt.SpanScaledOptimizer`. Forward values do not change. The hooks stay on the model
+    until :meth:`SpanHooks.remove`, whether or not the returned object is kept.
+
+    Args:
+        model: Any module with attention layers that :func:`~spanopt.find_attention` finds.
+        scales: Scales by layer name or pattern, see :func:`~spanopt.scale.resolve_scales`; one
+            :class:`~spanopt.SpanScale` for all; by default ``{"*": SpanScale()}``.
+        ridge: As in :func:`~spanopt.project`.
+        on_missing: What to do about a layer that was asked for and turns out not to be scaled:
+            ``"error"``, ``"warn"`` or ``"ignore"``.
+        example_inputs: Inputs for one forward pass that checks now what only a forward pass can
+            tell: a tuple of positional arguments, a dict of keyword arguments, or one argument.
+            Random state and buffers are restored after it.
+        parameters: What will be trained. When given, a scaled layer that has trainable parameters
+            and none of them here is an error.
+
+    Returns:
+        The hooks.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: No attention layer, a key that matches none, a bad scale or ridge, or a layer
+            that another attachment scales already.
+        UnscaledLayerError: With ``example_inputs``, a layer that calls no attention.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
+        >>> x = torch.randn(5, 1, 8)
+        >>> with attach(model, {"*": SpanScale(parallel=2.0, violation=1.0)}):
+        ...     model(x, x, x)[0].sum().backward()
+    """
+    if on_missing not in _ON_MISSING:
+        raise ValueError(f"on_missing must be one of {_ON_MISSING}, got {on_missing!r}")
+    check_ridge(ridge)
+    sites = find_attention(model)
+    if not sites:
+        raise ValueError(
+            f"no attention layer found in {type(model).__name__}. Looked for "
+            "nn.MultiheadAttention, for code that calls torch.nn.functional."
+            "scaled_dot_product_attention, and for modules that own a query and a key projection "
+            "(q_proj and k_proj, to_q and to_kv, qkv, ...). To name Q and K by hand, call "
+            "spanopt.span_node on each of them in the layer's forward"
+        )
+    resolved = resolve_scales(scales, [site.name for site in sites])
+    scaled = [site for site in sites if resolved[site.name] is not None]
+    _check_unclaimed(scaled)
+    if parameters is not None:
+        _check_trained(scaled, parameters)
+    hooks = SpanHooks(sites, resolved, ridge, on_missing)
+    _forget_compiled(model)
+    if example_inputs is not None:
+        try:
+            _probe(model, hooks, example_inputs)
+        except BaseException:
+            hooks.remove()
+            raise
+    return hooks
+
+
+def table(hooks: SpanHooks) -> str:
+    """Describe what is installed, a line per attention layer.
+
+    Args:
+        hooks: The installed hooks.
+
+    Returns:
+        A text table: layer, class, tap, heads, head dimension, scales.
+
+    Example:
+        >>> from torch import Tensor, nn
+        >>> print(table(attach(nn.TransformerEncoderLayer(8, nhead=2))))
+        layer      class               tap     heads  head dim  query (par, vio)  key (par, vio)
+        self_attn  MultiheadAttention  packed  2      4         2.0, 1.0          2.0, 1.0
+    """
+    groups = {group["name"]: group for group in hooks.groups}
+    rows: list[Sequence[str]] = [
+        ("layer", "class", "tap", "heads", "head dim", "query (par, vio)", "key (par, vio)")
+    ]
+    for site in hooks.sites:
+        heads = "?" if site.heads is None else str(site.heads)
+        if site.kv_heads != site.heads:
+            heads += f"/{site.kv_heads}"
+        scales = ["left alone", "left alone"]
+        if site.name in groups:
+            scale = groups[site.name].scale
+            scales = [", ".join(map(str, scale.side(side))) for side in ("query", "key")]
+        head_dim = "?" if site.head_dim is None else str(site.head_dim)
+        rows.append((site.name or '""', site.class_name, site.tap, heads, head_dim, *scales))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+class _Hook:
+    """A hook that neither a deep copy nor a pickle of the model carries along."""
+
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return "_inert"
+
+
+class _Enter(_Hook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            self.tap.called = False
+            self.tap.__enter__()
+
+
+class _Leave(_Hook):
+    def __init__(self, tap: Tap, strict: bool) -> None:
+        super().__init__(tap)
+        self.strict = strict
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        self.tap.__exit__(None, None, None)
+        # There is no result when the forward pass raised an exception of its own.
+        if self.strict and not self.tap.called and result is not None:
+            raise UnscaledLayerError(
+                f"layer {self.tap.site.name!r} ({type(module).__name__}) called no attention that "
+                "can be scaled: neither torch.nn.functional.scaled_dot_product_attention nor "
+                "multi_head_attention_forward. Scale it with None, or pass on_missing='warn' or "
+                "'ignore' if it skips attention on purpose"
+            )
+
+
+def _inert(*args: Any) -> None:
+    """Stand in for a hook in a copy of a model."""
+
+
+def _contains(outer: nn.Module, inner: nn.Module) -> bool:
+    return any(module is inner for module in outer.modules())
+
+
+def _check_unclaimed(sites: Sequence[AttentionSite]) -> None:
+    for site in sites:
+        for other in _claimed:
+            if _contains(other, site.module) or _contains(site.module, other):
+                raise ValueError(
+                    f"layer {site.name!r} is scaled already, by another attachment or optimizer: "
+                    "call its remove() or detach() first, or give the layer to one of them only"
+                )
+
+
+def _check_trained(sites: Sequence[AttentionSite], parameters: Iterable[Tensor]) -> None:
+    trained = set(map(id, parameters))
+    for site in sites:
+        trainable = {id(p) for p in site.module.parameters() if p.requires_grad}
+        if trainable and not trainable & trained:
+            raise ValueError(
+                f"layer {site.name!r} is to be scaled, but none of its trainable parameters is "
+                "in the optimizer: add them to it, or leave the layer alone with the scale None"
+            )
+
+
+def _forget_compiled(model: nn.Module) -> None:
+    """Make compiled code that ran before notice the new hooks (pytorch#117758)."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or isinstance(module, dynamo.OptimizedModule)
+        for module in model.modules()
+    ):
+        torch.compiler.reset()
+
+
+def _probe(model: nn.Module, hooks: SpanHooks, inputs: Any) -> None:
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
+    if isinstance(inputs, Mapping):
+        args, kwargs = (), dict(inputs)
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            model(*args, **kwargs)
+        hooks.check()
+    finally:
+        hooks.forget()
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

@@ -1,0 +1,410 @@
+"""The optimizer wrapper: a ``torch.optim.Optimizer`` that owns the hooks on a model."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from spanopt.attach import SpanHooks, attach
+from spanopt.scale import ScaleLike, SpanGroup, SpanScale
+
+__all__ = ["SpanScaledOptimizer"]
+
+_INTERFACE = ("param_groups", "state", "step", "zero_grad", "state_dict", "load_state_dict")
+_HOOK_TABLES = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class SpanScaledOptimizer(Optimizer):
+    """Wrap an optimizer so that it trains on span-scaled attention gradients.
+
+    The gradients of Q and K at every attention layer of ``model`` are split into the parallel span
+    and the span violation, each is scaled, and the result goes on in place of the gradient. The
+    forward pass, the model's code and the optimizer's update rule stay as they are.
+
+    ``param_groups``, ``state`` and ``defaults`` are the wrapped optimizer's own objects, and any
+    other attribute that this class lacks is read from it.
+
+    Args:
+        optimizer: The optimizer to wrap, of ``torch.optim``, torch-optimizer, or any other with
+            that interface.
+        model: The model whose attention layers are scaled.
+        scales: Scales by layer name or pattern: see :func:`~spanopt.scale.resolve_scales`. One
+            :class:`~spanopt.SpanScale` for all layers; by default ``{"*": SpanScale()}``.
+        ridge: As in :func:`~spanopt.project`.
+        on_missing: What to do when a backward pass has run since the last step in which a layer
+            that was asked for was not scaled: ``"error"``, ``"warn"`` or ``"ignore"``.
+        example_inputs: Inputs for a forward pass that checks, before anything is trained, what
+            only a forward pass can tell: see :func:`~spanopt.attach`.
+
+    Attributes:
+        optimizer: The wrapped optimizer.
+        hooks: The :class:`~spanopt.SpanHooks` on the model.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: No attention layer in the model, a key of ``scales`` that matches none, a bad
+            scale or ridge, a layer that is scaled already, or a layer none of whose trainable
+            parameters is in ``optimizer``. Nothing is installed then.
+
+    Source: "Scaling Bidirectional Spans and Span Violations in Attention Mechanism"
+    (arXiv 2512.13033), in the reading of ``docs/method.md``.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16)
+        >>> optimizer = SpanScaledOptimizer(
+        ...     torch.optim.AdamW(model.parameters(), lr=3e-4),
+        ...     model,
+        ...     scales={"*": SpanScale(parallel=2.0, violation=1.0)},
+        ... )
+        >>> model(torch.randn(5, 3, 8)).pow(2).mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        scales: Mapping[str, ScaleLike | None] | SpanScale | None = None,
+        *,
+        ridge: float | None = None,
+        on_missing: str = "error",
+        example_inputs: Any = None,
+    ) -> None:
+        # Optimizer.__init__ would make parameter groups and a state of our own.
+        missing = [name for name in _INTERFACE if not hasattr(optimizer, name)]
+        if missing:
+            raise TypeError(
+                f"the optimizer must have the interface of torch.optim.Optimizer, got "
+                f"{type(optimizer).__name__} without {', '.join(missing)}"
+            )
+        self.optimizer = optimizer
+        self.model = model
+        self._ridge = ridge
+        self._on_missing = on_missing
+        self._marks: dict[int, tuple[Any, int]] = {}
+        for hooks in _HOOK_TABLES:
+            setattr(self, hooks, OrderedDict())
+        self.hooks: SpanHooks = attach(
+            model,
+            scales,
+            ridge=ridge,
+            on_missing=on_missing,
+            example_inputs=example_inputs,
+            parameters=self._parameters(),
+        )
+        self._attached = True
+        # A wrapper that is dropped, as when a notebook cell runs again, leaves the model clean.
+        weakref.finalize(self, self.hooks.remove)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's parameter groups."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    @property
+    def grad_scale(self) -> Any:
+        """What ``torch.amp.GradScaler`` hands to a fused optimizer."""
+        return self.optimizer.grad_scale  # type: ignore[attr-defined]
+
+    @grad_scale.setter
+    def grad_scale(self, value: Any) -> None:
+        self.optimizer.grad_scale = value  # type: ignore[attr-defined]
+
+    @grad_scale.deleter
+    def grad_scale(self) -> None:
+        del self.optimizer.grad_scale  # type: ignore[attr-defined]
+
+    @property
+    def found_inf(self) -> Any:
+        """What ``torch.amp.GradScaler`` hands to a fused optimizer."""
+        return self.optimizer.found_inf  # type: ignore[attr-defined]
+
+    @found_inf.setter
+    def found_inf(self, value: Any) -> None:
+        self.optimizer.found_inf = value  # type: ignore[attr-defined]
+
+    @found_inf.deleter
+    def found_inf(self) -> None:
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
+
+    @property
+    def span_groups(self) -> list[SpanGroup]:
+        """The scales, one editable dict per scaled layer; edits act from the next forward pass on.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
+            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> for group in optimizer.span_groups:
+            ...     group["parallel"] = 1.5
+        """
+        return self.hooks.groups
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a step of the wrapped optimizer.
+
+        Args:
+            *args: What the wrapped ``step`` takes, such as a closure.
+            **kwargs: Likewise.
+
+        Returns:
+            What the wrapped ``step`` returns: the closure's loss, or ``None``.
+
+        Raises:
+            UnscaledLayerError: A backward pass has run since the last step, and a layer that was
+                asked for was not scaled in it. Nothing has been updated.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
+            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> optimizer.step()  # no backward pass yet, nothing to do
+        """
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            changed = pre_hook(self, (self, *args), kwargs)
+            if changed is not None:
+                (_, *args), kwargs = changed  # type: ignore[assignment]
+        result = self._step(*args, **kwargs)
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, (self, *args), kwargs)
+        return result
+
+    # Optimizer would add the global step hooks, which the wrapped step runs already.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        if closure is None:
+            self._check_seen()
+            result = self.optimizer.step(*args, **kwargs)
+        else:
+
+            def checked() -> Any:
+                loss = closure()
+                self._check_seen()
+                return loss
+
+            result = self.optimizer.step(checked, *args, **kwargs)
+        self.hooks.forget()
+        self._marks = {
+            id(parameter): (weakref.ref(parameter.grad), parameter.grad._version)
+            for parameter in self._parameters()
+            if parameter.grad is not None
+        }
+        return result
+
+    def _check_seen(self) -> None:
+        if self._attached and self.hooks.unseen() and self._backward_has_run():
+            self.hooks.check()
+
+    def _backward_has_run(self) -> bool:
+        """Whether a gradient has come or changed since the last step and is not zero.
+
+        Zeros don't count: torch.distributed.checkpoint makes them up and takes a step to build the
+        optimizer's state. Reading them may wait for the device, but only on the way to an error.
+        """
+        for parameter in self._parameters():
+            grad = parameter.grad
+            if grad is None:
+                continue
+            mark, version = self._marks.get(id(parameter), (lambda: None, -1))
+            if (mark() is not grad or version != grad._version) and bool((grad != 0).any()):
+                return True
+        return False
+
+    def _parameters(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Clear the gradients, as the wrapped optimizer does.
+
+        Args:
+            *args: What the wrapped ``zero_grad`` takes.
+            **kwargs: Likewise.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
+            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> optimizer.zero_grad(set_to_none=True)
+        """
+        self.optimizer.zero_grad(*args, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the wrapped optimizer.
+
+        Args:
+            param_group: As in ``torch.optim.Optimizer.add_param_group``.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
+            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> optimizer.add_param_group({"params": torch.nn.Linear(2, 2).parameters()})
+            >>> len(optimizer.param_groups)
+            2
+        """
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state dict, with the scales under ``"span_groups"``.
+
+        Without that entry it is a state dict of the wrapped optimizer alone.
+
+        Returns:
+            Tensors, numbers, strings, lists and dicts only, as far as the wrapped optimizer's are.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
+            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> optimizer.state_dict()["span_groups"]
+            [{'name': '', 'parallel': 2.0, 'violation': 1.0, 'query': None, 'key': None}]
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = dict(self.optimizer.state_dict())
+        own = [{"name": group["name"], **group.scale.fields()} for group in self.span_groups]
+        state_dict["span_groups"] = [*state_dict.get("span_groups", []), *own]
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore the wrapped optimizer's state and the scales.
+
+        Args:
+            state_dict: From :meth:`state_dict`, or from the bare optimizer: the scales then stay as
+                they are.
+
+        Raises:
+            ValueError: It names other attention layers, or does not fit the wrapped optimizer. The
+                scales are then as they were.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
+            >>> bare = torch.optim.SGD(model.parameters())
+            >>> optimizer = SpanScaledOptimizer(bare, model)
+            >>> optimizer.load_state_dict(bare.state_dict())
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else dict(changed)
+        scales = self._take_scales(state_dict)
+        before = {group["name"]: group.scale for group in self.span_groups}
+        try:
+            self._set_scales(scales)
+            self.optimizer.load_state_dict(state_dict)
+        except BaseException:
+            self._set_scales(before)
+            raise
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _take_scales(self, state_dict: dict[str, Any]) -> dict[str, SpanScale]:
+        """Take this wrapper's entries out of a state dict, leaving those of a wrapper inside."""
+        if "span_groups" not in state_dict:
+            return {}
+        entries = {entry["name"]: entry for entry in state_dict.pop("span_groups")}
+        names = [group["name"] for group in self.span_groups]
+        absent = [name for name in names if name not in entries]
+        own = {name: SpanScale.of(_fields(entries.pop(name))) for name in names if name in entries}
+        if entries and hasattr(self.optimizer, "span_groups"):
+            state_dict["span_groups"] = list(entries.values())
+        elif entries or absent:
+            raise ValueError(
+                "the checkpoint's attention layers are not this model's: "
+                f"only in the checkpoint: {sorted(entries)}; only in the model: {absent}. Remove "
+                "'span_groups' from the state dict to load the optimizer's state alone"
+            )
+        return own
+
+    def _set_scales(self, scales: Mapping[str, SpanScale]) -> None:
+        for group in self.span_groups:
+            if group["name"] in scales:
+                group.update(scales[group["name"]].fields())
+
+    def detach(self) -> Optimizer:
+        """Take the hooks off the model.
+
+        Returns:
+            The wrapped optimizer, to go on with.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
+            >>> bare = torch.optim.SGD(model.parameters())
+            >>> SpanScaledOptimizer(bare, model).detach() is bare
+            True
+        """
+        self.hooks.remove()
+        self._attached = False
+        return self.optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # not set yet, while being unpickled
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer,
+            "model": self.model,
+            "scales": {group["name"]: group.scale for group in self.span_groups},
+            "ridge": self._ridge,
+            "on_missing": self._on_missing,
+            "attached": self._attached,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        attached = state.pop("attached")
+        self.__init__(**state)  # type: ignore[misc]
+        if not attached:
+            self.detach()
+
+    def __repr__(self) -> str:
+        state = "" if self._attached else ", detached"
+        return f"{type(self).__name__}{state} (\n{self.hooks!r}\n{self.optimizer!r}\n)"
+
+
+def _fields(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in entry.items() if field != "name"}

@@ -1,0 +1,283 @@
+"""Projection onto the span of a query or key matrix: pure tensor functions.
+
+The *span* of a basis Q (``N`` tokens by ``d`` features) is its column space, a subspace of token
+space R^N. Its orthogonal projector is P = Q (Q^T Q)^+ Q^T, and a gradient g of Q splits exactly
+into a *parallel* part P g and a *violation* g - P g.
+
+The Gram matrix Q^T Q squares the condition number of Q, so one Cholesky factorisation of it would
+lose half the digits. The functions here whiten the basis with a first, shifted factorisation and
+solve with the Gram matrix of the whitened basis (CholeskyQR2: Yamamoto et al., 2015; the shift:
+Fukaya et al., 2020), all matrix products and d x d factorisations: 10 N d^2 floating-point
+operations, no iteration, no branch on a value, no host synchronisation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["decompose", "default_ridge", "project", "rescale"]
+
+
+def project(
+    basis: Tensor, x: Tensor, *, ridge: float | None = None, mask: Tensor | None = None
+) -> Tensor:
+    r"""Project ``x`` onto the column space of ``basis``.
+
+    Computes :math:`P x` with :math:`P = Q (Q^T Q + \rho I)^{-1} Q^T`, where
+    :math:`\rho = \mathrm{ridge} \cdot \lVert Q \rVert_F^2`. In terms of the singular values
+    :math:`\sigma_i` of the basis, each direction of the span is kept with the weight
+    :math:`\sigma_i^2 / (\sigma_i^2 + \rho)`: one for all but near-dependent columns, one half at
+    :math:`\sigma_i = \sqrt{\mathrm{ridge}} \lVert Q \rVert_F`, zero for a null direction. So a
+    rank-deficient basis gives the projector of its numerical rank, and a zero basis gives zero.
+
+    Args:
+        basis: Q, shape ``(..., N, d)``, floating point. Treated as a constant: no gradient flows
+            to it.
+        x: What is projected, shape ``(..., N, m)`` with the leading dimensions of ``basis``.
+        ridge: Relative ridge, at least 0. The default :func:`default_ridge` depends on the dtype
+            and drops singular values below about 3e-6 (float32) or 3e-13 (float64) of the norm.
+            With 0 a rank-deficient basis has no projector, and the result is NaN.
+        mask: Boolean, shape ``(..., N)``, true at real tokens. The span is that of the real tokens
+            alone, and the result is zero at the others.
+
+    Returns:
+        ``P x``, with the shape and dtype of ``x``. float16 and bfloat16 are computed in float32.
+        Where ``basis`` or ``x`` is not finite the result is not finite.
+
+    Raises:
+        TypeError: A dtype that is not real floating point, or a mask that is not boolean.
+        ValueError: Shapes that do not fit, or a ridge that is negative or not finite.
+
+    Source: the projectors P_Q and P_K of the span decomposition; see ``docs/method.md``.
+
+    Example:
+        >>> import torch
+        >>> q = torch.tensor([[1.0], [1.0], [0.0]])
+        >>> project(q, torch.tensor([[3.0], [1.0], [5.0]])).round(decimals=4).squeeze(-1)
+        tensor([2., 2., 0.])
+    """
+    _check(basis, x, ridge, mask)
+    return _project(basis, x, ridge, mask).to(x.dtype)
+
+
+def decompose(
+    grad: Tensor, basis: Tensor, *, ridge: float | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Split a gradient into its parallel span and its span violation.
+
+    Args:
+        grad: Gradient of the basis, shape ``(..., N, d)``.
+        basis: Q (for a query gradient) or K (for a key gradient), shape ``(..., N, d)``.
+        ridge: As in :func:`project`.
+        mask: As in :func:`project`. At masked tokens all of the gradient is violation.
+
+    Returns:
+        ``(parallel, violation)``, each like ``grad``; they add up to ``grad``.
+
+    Raises:
+        TypeError: As in :func:`project`.
+        ValueError: As in :func:`project`.
+
+    Source: dL/dQ = P_Q dL/dQ + (I - P_Q) dL/dQ, orders 0 and 1; see ``docs/method.md``.
+
+    Example:
+        >>> import torch
+        >>> q = torch.tensor([[1.0], [1.0], [0.0]])
+        >>> parallel, violation = decompose(torch.tensor([[3.0], [1.0], [5.0]]), q)
+        >>> parallel.round(decimals=4).squeeze(-1), violation.round(decimals=4).squeeze(-1)
+        (tensor([2., 2., 0.]), tensor([ 1., -1.,  5.]))
+    """
+    parallel = project(basis, grad, ridge=ridge, mask=mask)
+    return parallel, grad - parallel
+
+
+def rescale(
+    grad: Tensor,
+    basis: Tensor,
+    *,
+    parallel: float | Tensor,
+    violation: float | Tensor,
+    ridge: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Scale the parallel span and the span violation of a gradient and add them up again.
+
+    Computes ``parallel * P g + violation * (g - P g)``. It is linear in ``grad``, so it commutes
+    with loss scaling and gradient accumulation. Two equal numbers need no projection: the result
+    is then ``parallel * grad``, and ``grad`` itself when both are 1.
+
+    Args:
+        grad: Gradient of the basis, shape ``(..., N, d)``.
+        basis: Q or K, shape ``(..., N, d)``.
+        parallel: Factor of the parallel span: a number, or a tensor of shape ``()`` or ``(H,)``,
+            one value per head, where the gradient is ``(..., H, N, d)``.
+        violation: Factor of the violation, likewise.
+        ridge: As in :func:`project`.
+        mask: As in :func:`project`. Masked tokens are multiplied by ``violation``.
+
+    Returns:
+        The rescaled gradient, with the shape and dtype of ``grad``.
+
+    Raises:
+        TypeError: As in :func:`project`.
+        ValueError: As in :func:`project`.
+
+    Source: g' = b g + (a - b) P g; see ``docs/method.md``.
+
+    Example:
+        >>> import torch
+        >>> q = torch.tensor([[1.0], [1.0], [0.0]])
+        >>> g = torch.tensor([[3.0], [1.0], [5.0]])
+        >>> rescale(g, q, parallel=2.0, violation=1.0).round(decimals=4).squeeze(-1)
+        tensor([5., 3., 5.])
+    """
+    _check(basis, grad, ridge, mask)
+    numbers = not isinstance(parallel, Tensor) and not isinstance(violation, Tensor)
+    if numbers and parallel == violation:
+        return grad if parallel == 1 else grad * parallel
+    dtype = _compute_dtype(grad.dtype)
+    a, b = (_per_head(factor, dtype, grad.device) for factor in (parallel, violation))
+    projected = _project(basis, grad, ridge, mask, factor=a - b)
+    return torch.addcmul(projected, grad.to(projected.dtype), b).to(grad.dtype)
+
+
+def default_ridge(dtype: torch.dtype) -> float:
+    """Return the relative ridge that :func:`project` takes for a basis of this dtype.
+
+    It is ``eps ** 1.6`` for the rounding unit ``eps`` in which the matrix products are done:
+    8e-12 in float32 (also for float16 and bfloat16, which are computed in float32) and 9e-26 in
+    float64. When ``torch.set_float32_matmul_precision`` allows float32 products on fewer bits,
+    ``eps`` is theirs.
+
+    Args:
+        dtype: A real floating-point dtype.
+
+    Returns:
+        The ridge, relative to the squared Frobenius norm of the basis.
+
+    Example:
+        >>> import torch
+        >>> f"{default_ridge(torch.float64):.0e}"
+        '9e-26'
+    """
+    return float(_matmul_eps(_compute_dtype(dtype)) ** 1.6)
+
+
+def check_ridge(ridge: float | None) -> None:
+    """Refuse a ridge that is negative or not finite.
+
+    Args:
+        ridge: As in :func:`project`.
+
+    Raises:
+        ValueError: It is negative or not finite.
+
+    Example:
+        >>> check_ridge(-1.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: the ridge must be finite and at least 0, got -1.0
+    """
+    if ridge is not None and not 0 <= ridge < float("inf"):
+        raise ValueError(f"the ridge must be finite and at least 0, got {ridge}")
+
+
+def _project(
+    basis: Tensor,
+    x: Tensor,
+    ridge: float | None,
+    mask: Tensor | None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """Return P x, times the factor if there is one, in the compute dtype."""
+    dtype = _compute_dtype(torch.promote_types(basis.dtype, x.dtype))
+    if basis.numel() == 0 or x.numel() == 0:
+        return torch.zeros_like(x, dtype=dtype)
+    ridge = default_ridge(dtype) if ridge is None else ridge
+    # Autocast would send the products below to half precision.
+    with torch.autocast(basis.device.type, enabled=False):
+        q, g = basis.detach().to(dtype), x.to(dtype)
+        if mask is not None:
+            real = mask.unsqueeze(-1)
+            q, g = torch.where(real, q, 0), torch.where(real, g, 0)
+        whitened, gram = _whiten(q, ridge)
+        cholesky, failed = _cholesky(gram)
+        inverse = _inverse_triangular(cholesky)
+        coefficients = inverse.mT @ (inverse @ (whitened.mT @ g))
+        # The factor goes on the small matrix, to save a pass over the tokens.
+        coefficients = coefficients if factor is None else factor * coefficients
+        return whitened @ torch.where(failed, torch.nan, coefficients)
+
+
+def _whiten(q: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return A = Q R with near-orthonormal columns, and A^T A + rho R^T R.
+
+    R is the inverse of a Cholesky factor of the shifted Gram matrix. Whatever R is,
+    A (A^T A + rho R^T R)^{-1} A^T = Q (Q^T Q + rho I)^{-1} Q^T, so the shift costs no accuracy.
+    """
+    gram = q.mT @ q
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    # A zero basis has a zero Gram matrix; any scale will do for it.
+    trace = torch.where(trace == 0, 1, trace)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    # Large enough against the rounding errors of the Gram matrix for the factorisation to exist.
+    shift = 8 * _matmul_eps(gram.dtype)
+    factor, failed = _cholesky(gram + shift * trace * identity)
+    inverse = _inverse_triangular(factor)
+    whitened = q @ torch.where(failed, torch.nan, inverse).mT
+    return whitened, whitened.mT @ whitened + ridge * trace * (inverse @ inverse.mT)
+
+
+def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lower Cholesky factor and, as (..., 1, 1) booleans, where there is none."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return factor, (info != 0)[..., None, None]
+
+
+def _inverse_triangular(factor: Tensor) -> Tensor:
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(
+        factor, identity.expand_as(factor).contiguous(), upper=False
+    )
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.compiler.assume_constant_result
+def _matmul_eps(dtype: torch.dtype) -> float:
+    """Rounding unit of a matrix product of this dtype, as the user's settings allow it."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return 2.0**-10
+    return torch.finfo(dtype).eps
+
+
+def _per_head(factor: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    factor = torch.as_tensor(factor, dtype=dtype, device=device)
+    return factor[..., None, None] if factor.ndim else factor
+
+
+def _check(basis: Tensor, x: Tensor, ridge: float | None, mask: Tensor | None) -> None:
+    for name, tensor in (("basis", basis), ("gradient", x)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"the {name} must be real floating point, got {tensor.dtype}")
+    if basis.ndim < 2 or x.ndim < 2 or basis.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            "basis and gradient must be (..., N, d) with equal leading dimensions and tokens, "
+            f"got {tuple(basis.shape)} and {tuple(x.shape)}"
+        )
+    check_ridge(ridge)
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"the mask must be boolean, true at real tokens, got {mask.dtype}")
+    try:
+        fits = torch.broadcast_shapes(mask.shape, basis.shape[:-1]) == basis.shape[:-1]
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"the mask must broadcast to {tuple(basis.shape[:-1])}, got {tuple(mask.shape)}"
+        )

@@ -1,0 +1,296 @@
+"""Scales: what a user asks for, per layer, and how it is checked. No tensors, no modules."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+__all__ = ["Factor", "ScaleLike", "SpanGroup", "SpanScale", "resolve_scales"]
+
+Factor: TypeAlias = float | tuple[float, ...]
+"""One factor for all heads, or one per head."""
+
+_SIDES = ("query", "key")
+
+
+@dataclass(frozen=True)
+class SpanScale:
+    """Factors for the parallel span and the span violation of one attention layer's gradients.
+
+    The gradient g of Q becomes ``parallel * P g + violation * (g - P g)``, P the projector onto the
+    column space of Q; likewise for K.
+
+    Args:
+        parallel: Factor of the parallel span: a finite number, or a sequence of one per head
+            (query heads on the query side; under grouped-query attention the key side takes one
+            per key/value head).
+        violation: Factor of the violation, likewise.
+        query: ``(parallel, violation)`` for the query side, in place of the two above.
+        key: ``(parallel, violation)`` for the key side, likewise.
+
+    Raises:
+        TypeError: A factor that is not a number or a sequence of numbers, or a side that is not a
+            pair.
+        ValueError: A factor that is not finite, or an empty sequence.
+
+    Note:
+        The defaults (2, 1) follow the source's statement that amplifying the parallel span gives
+        the best learning signal. They are not yet backed by a study of this project.
+
+    Example:
+        >>> SpanScale(parallel=2.0, violation=1.0)
+        SpanScale(parallel=2.0, violation=1.0, query=None, key=None)
+        >>> SpanScale(2.0, 1.0, key=(1.0, 1.0)).side("key")  # scales queries only
+        (1.0, 1.0)
+    """
+
+    parallel: float | Sequence[float] = 2.0
+    violation: float | Sequence[float] = 1.0
+    query: tuple[float | Sequence[float], float | Sequence[float]] | None = None
+    key: tuple[float | Sequence[float], float | Sequence[float]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("parallel", "violation"):
+            object.__setattr__(self, name, _factor(name, getattr(self, name)))
+        for name in _SIDES:
+            object.__setattr__(self, name, _pair(name, getattr(self, name)))
+
+    def side(self, side: str) -> tuple[Factor, Factor]:
+        """Return ``(parallel, violation)`` for one side.
+
+        Args:
+            side: ``"query"`` or ``"key"``.
+
+        Returns:
+            The factors that apply there.
+
+        Example:
+            >>> SpanScale(3.0, query=(2.0, 0.5)).side("query")
+            (2.0, 0.5)
+        """
+        if side not in _SIDES:
+            raise ValueError(f"a side is 'query' or 'key', got {side!r}")
+        pair: Any = getattr(self, side) or (self.parallel, self.violation)
+        return pair
+
+    @classmethod
+    def of(cls, value: ScaleLike) -> SpanScale:
+        """Return the scale that a dict value stands for.
+
+        Args:
+            value: A ``SpanScale``, a mapping of its fields, or a ``(parallel, violation)`` pair.
+
+        Returns:
+            The scale.
+
+        Raises:
+            TypeError: Anything else, or a mapping with an unknown field.
+            ValueError: As in :class:`SpanScale`.
+
+        Example:
+            >>> SpanScale.of((2.0, 0.5)) == SpanScale.of({"parallel": 2.0, "violation": 0.5})
+            True
+        """
+        if isinstance(value, SpanScale):
+            return value
+        if isinstance(value, Mapping):
+            unknown = [str(field) for field in value if field not in cls.__dataclass_fields__]
+            if unknown:
+                raise TypeError(
+                    f"unknown field {', '.join(unknown)} in a scale; "
+                    f"the fields are {', '.join(cls.__dataclass_fields__)}"
+                )
+            return cls(**value)
+        if _is_sequence(value) and len(value) == 2:
+            return cls(*value)
+        raise TypeError(
+            "a scale is a SpanScale, a dict of its fields, a (parallel, violation) pair or None, "
+            f"got {value!r}"
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """Return the four fields as a dict of plain numbers, lists and ``None``.
+
+        Returns:
+            What :meth:`of` turns back into an equal scale.
+
+        Example:
+            >>> SpanScale([2.0, 3.0]).fields()
+            {'parallel': [2.0, 3.0], 'violation': 1.0, 'query': None, 'key': None}
+        """
+        return {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
+
+
+ScaleLike: TypeAlias = (
+    SpanScale | Mapping[str, Any] | tuple[float | Sequence[float], float | Sequence[float]]
+)
+"""What a value of the scales dict may be, besides ``None``."""
+
+
+def resolve_scales(
+    scales: Mapping[str, ScaleLike | None] | SpanScale | None, names: Sequence[str]
+) -> dict[str, SpanScale | None]:
+    """Give each attention layer its scale.
+
+    Keys are exact layer names, shell-style patterns (``*``, ``?``, ``[...]``; ``*`` also matches
+    dots) or ``"*"`` for all. An exact name beats a pattern; among patterns the last match in the
+    dict wins. A layer that no key matches is left alone, as is one whose value is ``None``.
+
+    Args:
+        scales: The dict; one :class:`SpanScale` for all layers; ``None`` for the default scale on
+            all layers.
+        names: The names of the model's attention layers.
+
+    Returns:
+        For each name its scale, or ``None`` to leave the layer alone.
+
+    Raises:
+        TypeError: A value or key of another type.
+        ValueError: An empty dict, a key that matches no layer, or a scale that is not finite.
+
+    Example:
+        >>> resolved = resolve_scales({"*": (2.0, 1.0), "dec.*": None}, ["enc.0", "dec.0"])
+        >>> resolved["enc.0"], resolved["dec.0"]
+        (SpanScale(parallel=2.0, violation=1.0, query=None, key=None), None)
+    """
+    if scales is None:
+        scales = SpanScale()
+    if isinstance(scales, SpanScale):
+        scales = {"*": scales}
+    if not isinstance(scales, Mapping):
+        raise TypeError(f"scales must be a dict from layer names to scales, got {scales!r}")
+    if not scales:
+        raise ValueError("scales is empty: it would scale no layer; use {'*': SpanScale()} for all")
+    chosen: dict[str, SpanScale | None] = {}
+    exact: set[str] = set()
+    for key, value in scales.items():
+        matches = _matches(key, names)
+        try:
+            scale = None if value is None else SpanScale.of(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"scales[{key!r}]: {error}") from error
+        chosen.update({name: scale for name in matches if key == name or name not in exact})
+        exact.update(name for name in matches if key == name)
+    return {name: chosen.get(name) for name in names}
+
+
+class SpanGroup(dict[str, Any]):
+    """The scales of one attention layer, as an editable dict: an entry of ``span_groups``.
+
+    Fields ``name`` (fixed), ``parallel``, ``violation``, ``query`` and ``key``, as in
+    :class:`SpanScale`. An assignment is checked at once and takes effect from the next forward pass
+    on; a bad one raises and changes nothing.
+
+    Example:
+        >>> group = SpanGroup("blocks.0.attn", SpanScale(2.0, 1.0))
+        >>> group["parallel"] = 1.5
+        >>> group
+        {'name': 'blocks.0.attn', 'parallel': 1.5, 'violation': 1.0, 'query': None, 'key': None}
+        >>> group["parallel"] = float("nan")
+        Traceback (most recent call last):
+        ...
+        ValueError: blocks.0.attn: parallel must be finite, got nan
+    """
+
+    def __init__(
+        self, name: str, scale: SpanScale, on_change: Callable[[SpanScale], None] | None = None
+    ) -> None:
+        super().__init__(name=name, **scale.fields())
+        self._on_change = on_change
+
+    @property
+    def scale(self) -> SpanScale:
+        """The group's fields as a :class:`SpanScale`."""
+        return SpanScale.of({field: value for field, value in self.items() if field != "name"})
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Change several fields at once; either all of them change or none."""
+        changes = dict(*args, **kwargs)
+        name = self["name"]
+        if changes.pop("name", name) != name:
+            raise ValueError(f"{name}: the name of a span group is fixed")
+        try:
+            scale = SpanScale.of({**self.scale.fields(), **changes})
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        if self._on_change is not None:
+            self._on_change(scale)
+        super().update(scale.fields())
+
+    def __setitem__(self, field: str, value: Any) -> None:
+        self.update({field: value})
+
+    def __ior__(self, other: Any) -> SpanGroup:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def _fixed(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{self['name']}: the fields of a span group can be set, not removed")
+
+    __delitem__ = pop = popitem = clear = _fixed
+
+    def setdefault(self, field: str, default: Any = None) -> Any:
+        """Return a field; every field is always there."""
+        if field not in self:
+            self.update({field: default})
+        return self[field]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+def _matches(key: str, names: Sequence[str]) -> list[str]:
+    if not isinstance(key, str):
+        raise TypeError(f"a key of scales is a layer name or a pattern, got {key!r}")
+    matches = [key] if key in names else fnmatch.filter(names, key)
+    if not matches:
+        raise ValueError(
+            f"scales[{key!r}] matches no attention layer; {_nearest(key, names)}. "
+            "Print spanopt.find_attention(model) for all names"
+        )
+    return matches
+
+
+def _nearest(key: str, names: Iterable[str]) -> str:
+    names = list(names)
+    nearest = difflib.get_close_matches(key, names, n=3, cutoff=0.3) or names[:3]
+    return f"the nearest names are {', '.join(map(repr, nearest))}"
+
+
+def _factor(name: str, value: Any) -> Factor:
+    if hasattr(value, "tolist"):  # a NumPy or torch scalar or vector
+        value = value.tolist()
+    if _is_sequence(value):
+        if len(value) == 0:
+            raise ValueError(f"{name} is an empty sequence; give one number, or one per head")
+        return tuple(_number(name, item) for item in value)
+    return _number(name, value)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number or a sequence of numbers, got {value!r}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def _pair(name: str, value: Any) -> tuple[Factor, Factor] | None:
+    if value is None:
+        return None
+    if not _is_sequence(value) or len(value) != 2:
+        raise TypeError(f"{name} must be a (parallel, violation) pair or None, got {value!r}")
+    return (_factor(f"{name} parallel", value[0]), _factor(f"{name} violation", value[1]))
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

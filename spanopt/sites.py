@@ -1,0 +1,239 @@
+"""Finding a model's attention layers before any forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
+
+__all__ = ["AttentionSite", "find_attention", "unwrap"]
+
+_ATTENTION_CALLS = (scaled_dot_product_attention, multi_head_attention_forward)
+_FILLERS = {"proj", "projection", "lin", "linear", "layer", "to", "w", "fc", "net", "dense"}
+_QUERY = {"q", "query"}
+_KEY = {"k", "key", "kv"}
+_FUSED = {"qkv", "querykeyvalue", "cattn"}
+
+
+@dataclass(eq=False)
+class AttentionSite:
+    """One attention layer of a model.
+
+    Attributes:
+        name: Its qualified name in the model; ``""`` is the model itself.
+        module: The layer.
+        tap: How Q and K are reached: ``"packed"`` (``nn.MultiheadAttention``) or ``"score"`` (a
+            call of ``scaled_dot_product_attention``).
+        heads: Number of query heads; ``None`` until the first forward pass tells.
+        kv_heads: Number of key heads, likewise.
+        head_dim: Size d of a head, likewise.
+
+    Example:
+        >>> from torch import nn
+        >>> site, = find_attention(nn.TransformerEncoderLayer(16, nhead=4))
+        >>> site.name, site.class_name, site.tap, site.heads
+        ('self_attn', 'MultiheadAttention', 'packed', 4)
+    """
+
+    name: str
+    module: nn.Module
+    tap: str
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+
+    @property
+    def class_name(self) -> str:
+        """Name of the layer's class."""
+        return type(self.module).__name__
+
+    def __repr__(self) -> str:
+        return (
+            f"AttentionSite(name={self.name!r}, class={self.class_name}, tap={self.tap!r}, "
+            f"heads={self.heads}, head_dim={self.head_dim})"
+        )
+
+
+def find_attention(model: nn.Module) -> list[AttentionSite]:
+    """Return the attention layers of a model, in the order of ``model.named_modules()``.
+
+    A module is an attention layer when one of these holds:
+
+    1. it is an ``nn.MultiheadAttention`` (tap ``packed``);
+    2. its own code calls ``scaled_dot_product_attention``: its ``forward``, the methods of its
+       class and the plain functions that these call, but not its submodules (tap ``score``);
+    3. it owns a query and a key projection by name (``q_proj`` and ``k_proj``, ``to_q`` and
+       ``to_kv``, ``query`` and ``key``, ``wq`` and ``wk``, a fused ``qkv`` or ``c_attn``, ...; tap
+       ``score``). Such a layer may turn out to call no attention that can be seen, which is then
+       an error at its first forward pass rather than a silent omission.
+
+    A layer of the third kind that contains another with parameters of its own only wraps it, and
+    is left out; a layer without parameters inside one of the third kind is a part of that one.
+    A module that is used twice appears once. ``torch.compile`` and data-parallel wrappers are
+    looked through, and the names are those without them.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The sites, empty when there are none.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+
+    Example:
+        >>> from torch import nn
+        >>> [site.name for site in find_attention(nn.TransformerDecoderLayer(8, nhead=2))]
+        ['self_attn', 'multihead_attn']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
+    calls: dict[type, bool] = {}
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for name, module in unwrap(model).named_modules():
+        kind = _kind(module, calls)
+        if kind is not None:
+            found[name.replace("_orig_mod.", "").removesuffix("._orig_mod")] = (module, kind)
+    return [
+        _site(name, module)
+        for name, (module, kind) in found.items()
+        if not _is_part_of_another(name, module, found)
+        and not (kind == "projections" and _only_wraps_another(name, found))
+    ]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside ``torch.compile`` and data-parallel wrappers.
+
+    Args:
+        model: A module, wrapped or not.
+
+    Returns:
+        The innermost module.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> unwrap(torch.compile(layer)) is layer
+        True
+    """
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def _kind(module: nn.Module, calls: dict[type, bool]) -> str | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return "packed"
+    cls = type(module)
+    if cls not in calls:
+        calls[cls] = cls.__module__.partition(".")[0] != "torch" and _calls_attention(cls)
+    if calls[cls]:
+        return "score"
+    return "projections" if _owns_projections(module) else None
+
+
+def _site(name: str, module: nn.Module) -> AttentionSite:
+    if isinstance(module, nn.MultiheadAttention):
+        heads = module.num_heads
+        return AttentionSite(name, module, "packed", heads, heads, module.head_dim)
+    return AttentionSite(name, module, "score")
+
+
+def _inside(name: str, outer: str) -> bool:
+    return name != outer and (outer == "" or name.startswith(f"{outer}."))
+
+
+def _is_part_of_another(
+    name: str, module: nn.Module, found: dict[str, tuple[nn.Module, str]]
+) -> bool:
+    if next(module.parameters(), None) is not None:
+        return False
+    return any(kind == "projections" and _inside(name, outer) for outer, (_, kind) in found.items())
+
+
+def _only_wraps_another(name: str, found: dict[str, tuple[nn.Module, str]]) -> bool:
+    return any(
+        _inside(inner, name) and next(module.parameters(), None) is not None
+        for inner, (module, _) in found.items()
+    )
+
+
+def _owns_projections(module: nn.Module) -> bool:
+    names = {
+        _normalised(name)
+        for owned in (module._modules, module._parameters)
+        for name, value in owned.items()
+        if value is not None
+    }
+    return bool(names & _FUSED) or bool(names & _QUERY and names & _KEY)
+
+
+def _normalised(name: str) -> str:
+    """Reduce ``q_proj``, ``to_q``, ``wq``, ``q_proj_weight``, ``Wqkv`` to their letters."""
+    words = re.sub(r"_?weights?$", "", name.lower()).split("_")
+    joined = "".join(word for word in words if word not in _FILLERS)
+    return joined[1:] if joined in {"wq", "wk", "wqkv", "wkv"} else joined
+
+
+def _calls_attention(cls: type) -> bool:
+    """Whether the code of a module class reaches an attention function, by reading that code."""
+    pending: list[Callable[..., Any]] = [cls.forward]  # type: ignore[attr-defined]
+    visited: set[Any] = set()
+    while pending:
+        function = pending.pop()
+        code = getattr(function, "__code__", None)
+        if code is None or code in visited:
+            continue
+        visited.add(code)
+        for value in _referenced(function, cls):
+            if any(value is call for call in _ATTENTION_CALLS):
+                return True
+            if isinstance(value, types.FunctionType) and not _is_torch(value):
+                pending.append(value)
+    return False
+
+
+def _referenced(function: Callable[..., Any], cls: type) -> Iterator[Any]:
+    """Yield what the names in a function's code stand for, as far as can be told without a call."""
+    code = function.__code__
+    closure: dict[str, Any] = {}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # a variable that is not assigned yet
+            closure[name] = cell.cell_contents
+    names = {*_names(code), *closure}
+    for name in names:
+        if hasattr(nn.Module, name):
+            continue
+        yield _function_of(getattr(cls, name, None))
+        value = closure.get(name, function.__globals__.get(name))
+        yield _function_of(value)
+        if isinstance(value, types.ModuleType):
+            yield from (_function_of(getattr(value, attribute, None)) for attribute in names)
+
+
+def _function_of(value: Any) -> Any:
+    """Return the function behind a static method, a bound method or a decorator."""
+    value = getattr(value, "__func__", value)
+    return getattr(value, "__wrapped__", value)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _is_torch(function: Callable[..., Any]) -> bool:
+    return (getattr(function, "__module__", None) or "").partition(".")[0] == "torch"
