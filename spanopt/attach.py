@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
 
 from spanopt.projection import check_ridge
 from spanopt.scale import ScaleLike, SpanGroup, SpanScale, resolve_scales
@@ -40,6 +41,7 @@ class SpanHooks:
 
     Example:
         >>> from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
         >>> model = nn.TransformerEncoderLayer(8, nhead=2)
         >>> with attach(model) as hooks:
         ...     hooks.groups
@@ -97,6 +99,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
             >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).unseen()
             ['self_attn']
         """
@@ -107,6 +110,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
             >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).forget()
         """
         for tap in self._taps:
@@ -120,6 +124,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
             >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).check()
             Traceback (most recent call last):
             ...
@@ -146,6 +151,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
             >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2))
             >>> hooks.remove()
         """
@@ -248,6 +254,7 @@ def table(hooks: SpanHooks) -> str:
 
     Example:
         >>> from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
         >>> print(table(attach(nn.TransformerEncoderLayer(8, nhead=2))))
         layer      class               tap     heads  head dim  query (par, vio)  key (par, vio)
         self_attn  MultiheadAttention  packed  2      4         2.0, 1.0          2.0, 1.0
@@ -282,8 +289,8 @@ class _Hook:
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _inert
 
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        return "_inert"
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_hook, ()
 
 
 class _Enter(_Hook):
@@ -301,7 +308,9 @@ class _Leave(_Hook):
     def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        self.tap.__exit__(None, None, None)
+        # Not entered when a pre-hook that another had put before ours raised an exception.
+        if torch.compiler.is_compiling() or _get_current_function_mode() is self.tap:
+            self.tap.__exit__(None, None, None)
         # There is no result when the forward pass raised an exception of its own.
         if self.strict and not self.tap.called and result is not None:
             raise UnscaledLayerError(
@@ -314,6 +323,10 @@ class _Leave(_Hook):
 
 def _inert(*args: Any) -> None:
     """Stand in for a hook in a copy of a model."""
+
+
+def _no_hook() -> Callable[..., None]:
+    return _inert
 
 
 def _contains(outer: nn.Module, inner: nn.Module) -> bool:

@@ -217,9 +217,15 @@ def _referenced(function: Callable[..., Any], cls: type) -> Iterator[Any]:
             continue
         yield _function_of(getattr(cls, name, None))
         value = closure.get(name, function.__globals__.get(name))
-        yield _function_of(value)
-        if isinstance(value, types.ModuleType):
-            yield from (_function_of(getattr(value, attribute, None)) for attribute in names)
+        yield from _attributes(value, names)
+
+
+def _attributes(value: Any, names: set[str], depth: int = 3) -> Iterator[Any]:
+    """Yield a value and, for a module, what these names stand for inside it and its submodules."""
+    yield _function_of(value)
+    if isinstance(value, types.ModuleType) and depth > 0:
+        for name in names:
+            yield from _attributes(getattr(value, name, None), names, depth - 1)
 
 
 def _function_of(value: Any) -> Any:

@@ -1,0 +1,296 @@
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from models import Decoder, ScoreAttention, gradients, loss_of, tokens
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from spanopt import SpanScale, UnscaledLayerError, attach
+
+
+class Model(nn.Module):
+    """One layer of each kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.score = ScoreAttention()
+        self.packed = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x):
+        y = self.score(x)
+        return self.packed(y, y, y)[0]
+
+
+def snapshot(model):
+    """Everything a module holds, hooks and attributes included, for comparison by identity."""
+    return {
+        name: {
+            key: dict(value) if isinstance(value, dict) else value
+            for key, value in vars(module).items()
+        }
+        for name, module in model.named_modules()
+    }
+
+
+@pytest.fixture
+def model():
+    return Model()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 7, 16)
+
+
+def test_removal_leaves_the_model_as_it_was(model, x):
+    functions = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+    before, keys = snapshot(model), list(model.state_dict())
+    hooks = attach(model)
+    assert list(model.state_dict()) == keys
+    model(x).sum().backward()
+    model.zero_grad()
+    assert snapshot(model) != before
+    hooks.remove()
+    hooks.remove()
+    assert snapshot(model) == before
+    assert functions == (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+
+
+def test_the_context_manager_removes_the_hooks_after_an_exception(model, x):
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="halt"), attach(model):
+        model(x)
+        raise RuntimeError("halt")
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("layer", ["score", "packed"])
+def test_an_exception_in_forward_leaves_no_mode_entered_and_the_next_pass_right(model, x, layer):
+    with attach(model):
+        expected = gradients(model, model(x).sum())
+        module = getattr(model, layer)
+        handle = module.register_forward_hook(_fail)
+        with pytest.raises(ZeroDivisionError):
+            model(x)
+        handle.remove()
+        with pytest.raises(RuntimeError):  # inside the attention call: shapes do not fit
+            model(torch.randn(2, 7, 15))
+        actual = gradients(model, model(x).sum())
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def _fail(module, args, result):
+    raise ZeroDivisionError
+
+
+def test_an_earlier_pre_hook_that_raises_does_not_pop_the_users_own_mode(model, x):
+    class Mine(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    def fail(module, args):
+        raise ZeroDivisionError
+
+    with attach(model), Mine() as mine:
+        model.score.register_forward_pre_hook(fail, prepend=True)
+        with pytest.raises(ZeroDivisionError):
+            model(x)
+        assert torch.overrides._get_current_function_mode() is mine
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_nothing_happens_without_gradients(model, x, context, monkeypatch):
+    with attach(model) as hooks:
+        for tap in hooks._taps:
+            monkeypatch.setattr(tap, "_handlers", None)  # any use of it would raise
+        with context():
+            model(x)
+        assert hooks.unseen() == ["score", "packed"]
+
+
+def test_inference_inside_a_forward_pass_is_left_alone(x):
+    class Peeking(ScoreAttention):
+        def forward(self, x):
+            with torch.no_grad():
+                super().forward(x)
+            return x * 1.0
+
+    model = Peeking()
+    with attach(model) as hooks:
+        model(x)
+        assert hooks.unseen() == [""]
+
+
+def test_two_attachments_may_share_a_model_but_not_a_layer(model, x):
+    with attach(model, {"score": (2.0, 1.0), "packed": None}):
+        with attach(model, {"packed": (2.0, 1.0), "score": None}):
+            both = gradients(model, model(x).pow(2).sum())
+        with pytest.raises(ValueError, match="layer 'score' is scaled already"):
+            attach(model)
+        assert len(model.packed._forward_hooks) == 0
+    with attach(model):
+        together = gradients(model, model(x).pow(2).sum())
+    assert all(torch.equal(both[name], together[name]) for name in both)
+
+
+def test_a_layer_inside_another_attachments_layer_is_an_overlap():
+    class Outer(ScoreAttention):
+        def __init__(self):
+            super().__init__()
+            self.inner = ScoreAttention()
+
+    model = Outer()
+    with attach(model, {"inner": (2.0, 1.0), "": None}):
+        with pytest.raises(ValueError, match="layer '' is scaled already"):
+            attach(model, {"": (2.0, 1.0), "inner": None})
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
+def test_a_copy_of_a_hooked_model_is_a_plain_model(model, x, how):
+    plain = gradients(model, model(x).pow(2).sum())
+    keys = list(model.state_dict())
+    with attach(model) as hooks:
+        clone = _copy(model, how)
+        hooks.forget()
+        copied = gradients(clone, clone(x).pow(2).sum())
+        assert hooks.unseen() == ["score", "packed"], "the copy must not report to the original"
+        assert list(clone.state_dict()) == keys
+        scaled = gradients(model, model(x).pow(2).sum())
+        with attach(clone):
+            again = gradients(clone, clone(x).pow(2).sum())
+            assert len(clone.score._forward_hooks) == 1, "inert hooks must not pile up"
+    assert all(torch.equal(copied[name], plain[name]) for name in plain)
+    assert all(torch.equal(again[name], scaled[name]) for name in plain)
+    assert any(not torch.equal(scaled[name], plain[name]) for name in plain)
+
+
+def _copy(model, how):
+    if how == "deepcopy":
+        return copy.deepcopy(model)
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(model))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def test_a_dropped_hooked_model_is_freed():
+    model = Model()
+    attach(model)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+def test_the_random_state_and_buffers_survive_example_inputs(x):
+    model = nn.Sequential(nn.BatchNorm1d(7), Model(), nn.Dropout(0.5))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    with attach(model, example_inputs=(x,)) as hooks:
+        assert hooks.unseen() == ["1.score", "1.packed"]
+        assert hooks.sites[0].heads == 4
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Handwritten(ScoreAttention):
+    def forward(self, x):
+        q, k, v = self.project(x)
+        return self.out_proj(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(-2))
+
+
+def test_a_layer_that_calls_no_attention_is_an_error_at_the_first_forward(x):
+    model = nn.Sequential(Handwritten())
+    with attach(model), pytest.raises(UnscaledLayerError, match=r"layer '0' \(Handwritten\) called"):
+        model(x)
+
+
+def test_a_layer_that_calls_no_attention_is_an_error_at_once_with_example_inputs(x):
+    model = nn.Sequential(Handwritten())
+    before = snapshot(model)
+    with pytest.raises(UnscaledLayerError, match="'0'"):
+        attach(model, example_inputs={"input": x})
+    assert snapshot(model) == before
+
+
+def test_a_layer_that_calls_no_attention_can_be_allowed(x):
+    model = nn.Sequential(Handwritten())
+    with attach(model, on_missing="ignore") as hooks:
+        model(x).sum().backward()
+        hooks.check()
+    with attach(model, on_missing="warn") as hooks:
+        model(x).sum().backward()
+        with pytest.warns(UserWarning, match="not scaled since the last step: layer '0'"):
+            hooks.check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"ridge": -1.0}, ValueError, "at least 0, got -1.0"),
+        ({"ridge": float("nan")}, ValueError, "got nan"),
+        ({"on_missing": "explode"}, ValueError, "got 'explode'"),
+        ({"scales": {"score": {"paralel": 1.0}}}, TypeError, "unknown field paralel"),
+        ({"scales": {"scor": (1.0, 2.0)}}, ValueError, "nearest names are 'score'"),
+        ({"scales": {"*": (float("inf"), 1.0)}}, ValueError, r"scales\['\*'\]: parallel must be"),
+        ({"scales": 2.0}, TypeError, "scales must be a dict"),
+    ],
+)
+def test_a_bad_argument_is_an_error_and_installs_nothing(model, arguments, error, message):
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        attach(model, **arguments)
+    assert snapshot(model) == before
+
+
+def test_a_model_without_attention_is_an_error_that_says_what_was_looked_for():
+    with pytest.raises(ValueError, match="no attention layer found in Linear.*span_node"):
+        attach(nn.Linear(2, 2))
+
+
+def test_a_model_that_is_no_module_is_an_error():
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, got function"):
+        attach(lambda x: x)
+
+
+def test_identity_scales_put_no_node_on_the_graph(model, x):
+    plain = gradients(model, model(x).pow(2).sum())
+    with attach(model, {"*": (1.0, 1.0)}) as hooks:
+        same = gradients(model, model(x).pow(2).sum())
+        assert hooks.unseen() == []
+    assert all(torch.equal(plain[name], same[name]) for name in plain)
+
+
+def test_equal_scales_multiply_and_save_nothing():
+    model, batch = Decoder().double(), tokens()
+
+    def saved(scale):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with attach(model, {"*": scale}), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = loss_of(model(batch), batch)
+        return len(storages), gradients(model, loss)
+
+    plain_saved, plain = saved((1.0, 1.0))
+    uniform_saved, _ = saved((3.0, 3.0))
+    general_saved, _ = saved((2.0, 1.0))
+    assert uniform_saved == plain_saved
+    assert general_saved == plain_saved, "attention's own backward keeps Q and K already"
+    with attach(model, {"blocks.1.attn": SpanScale(3.0, 3.0)}):
+        scaled = gradients(model, loss_of(model(batch), batch))
+    for name in ("q_proj", "k_proj"):
+        weight = f"blocks.1.attn.{name}.weight"
+        torch.testing.assert_close(scaled[weight], 3 * plain[weight])

@@ -1,0 +1,196 @@
+import pytest
+import torch
+from models import Decoder, ScoreAttention
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from spanopt import find_attention
+
+
+def names(model):
+    return [site.name for site in find_attention(model)]
+
+
+def test_a_decoders_layers_are_named_in_order():
+    assert names(Decoder(layers=3)) == [f"blocks.{i}.attn" for i in range(3)]
+
+
+def test_an_encoder_and_a_decoder_layer_are_found_inside_nn_transformer():
+    model = nn.Transformer(8, 2, 1, 1, batch_first=True)
+    assert names(model) == [
+        "encoder.layers.0.self_attn",
+        "decoder.layers.0.self_attn",
+        "decoder.layers.0.multihead_attn",
+    ]
+    assert {site.tap for site in find_attention(model)} == {"packed"}
+
+
+def helper(q):
+    return F.scaled_dot_product_attention(q, q, q)
+
+
+class Direct(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+class Alias(nn.Module):
+    def forward(self, x):
+        return sdpa(x, x, x)
+
+
+class ThroughMethod(nn.Module):
+    def forward(self, x):
+        return self.attend(x)
+
+    def attend(self, x):
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+class ThroughFunction(nn.Module):
+    def forward(self, x):
+        return helper(x)
+
+
+class ThroughClosure(nn.Module):
+    def forward(self, x):
+        def inner(y):
+            return sdpa(y, y, y)
+
+        return inner(x)
+
+
+class Decorated(nn.Module):
+    @torch.no_grad()
+    def forward(self, x):
+        return helper(x)
+
+
+class Inherited(Direct):
+    pass
+
+
+class Static(nn.Module):
+    @staticmethod
+    def attend(x):
+        return sdpa(x, x, x)
+
+    def forward(self, x):
+        return self.attend(x)
+
+
+class PackedFunction(nn.Module):
+    def forward(self, x):
+        return F.multi_head_attention_forward(x, x, x)
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        Direct,
+        Alias,
+        ThroughMethod,
+        ThroughFunction,
+        ThroughClosure,
+        Decorated,
+        Inherited,
+        Static,
+        PackedFunction,
+    ],
+)
+def test_a_layer_is_found_by_the_attention_call_in_its_code(cls):
+    model = nn.Sequential(nn.Linear(2, 2), cls())
+    (site,) = find_attention(model)
+    assert (site.name, site.tap, site.class_name) == ("1", "score", cls.__name__)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = Direct()
+        self.mlp = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.mlp(self.attn(x))
+
+    def unused(self, x):
+        return sdpa(x, x, x)
+
+
+def test_what_only_contains_a_layer_or_never_reaches_the_call_is_not_one():
+    assert names(Block()) == ["attn"]
+    assert names(nn.Sequential(nn.Linear(2, 2), nn.TransformerEncoderLayer(4, 2).linear1)) == []
+
+
+def owner(**children):
+    module = nn.Module()
+    for name, size in children.items():
+        module.add_module(name, nn.Linear(4, size))
+    return module
+
+
+@pytest.mark.parametrize(
+    "children",
+    [
+        ("q_proj", "k_proj", "v_proj"),
+        ("to_q", "to_k", "to_v"),
+        ("to_q", "to_kv"),
+        ("query", "key", "value"),
+        ("wq", "wk", "wv"),
+        ("W_q", "W_k"),
+        ("q_lin", "k_lin"),
+        ("linear_q", "linear_k"),
+        ("q", "k", "v"),
+        ("qkv",),
+        ("Wqkv",),
+        ("to_qkv",),
+        ("qkv_proj",),
+        ("c_attn",),
+        ("query_key_value",),
+    ],
+)
+def test_a_layer_is_found_by_the_projections_it_owns(children):
+    assert names(nn.Sequential(owner(**dict.fromkeys(children, 4)))) == ["0"]
+
+
+@pytest.mark.parametrize("children", [("key", "value"), ("query",), ("in_proj",), ("conv", "fc")])
+def test_other_modules_are_not_taken_for_attention(children):
+    assert names(nn.Sequential(owner(**dict.fromkeys(children, 4)))) == []
+
+
+def test_projections_that_are_bare_parameters_count_too():
+    module = nn.Module()
+    module.qkv_weight = nn.Parameter(torch.zeros(12, 4))
+    assert names(module) == [""]
+
+
+def test_a_part_without_parameters_belongs_to_the_layer_with_the_projections():
+    layer = owner(to_q=4, to_k=4)
+    layer.add_module("attend", Direct())
+    assert names(nn.Sequential(layer)) == ["0"]
+
+
+def test_a_wrapper_with_projection_names_gives_way_to_the_layer_inside():
+    wrapper = owner(query=4, key=4)
+    wrapper.add_module("attn", nn.MultiheadAttention(4, 2))
+    assert names(nn.Sequential(wrapper)) == ["0.attn"]
+
+
+def test_a_module_used_twice_appears_once():
+    layer = ScoreAttention()
+    assert names(nn.ModuleList([layer, layer])) == ["0"]
+
+
+def test_compiled_and_data_parallel_wrappers_are_looked_through():
+    model = Decoder(layers=1)
+    assert names(torch.compile(model)) == ["blocks.0.attn"]
+    assert names(nn.DataParallel(model)) == ["blocks.0.attn"]
+    model.blocks[0]["attn"] = torch.compile(model.blocks[0]["attn"])
+    assert names(model) == ["blocks.0.attn"]
+
+
+def test_the_layers_module_is_the_one_that_runs():
+    model = Decoder(layers=1)
+    (site,) = find_attention(torch.compile(model))
+    assert site.module is model.blocks[0]["attn"]
