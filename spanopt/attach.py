@@ -40,8 +40,7 @@ class SpanHooks:
         groups: One editable :class:`~spanopt.scale.SpanGroup` per scaled layer.
 
     Example:
-        >>> from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode
+        >>> from torch import nn
         >>> model = nn.TransformerEncoderLayer(8, nhead=2)
         >>> with attach(model) as hooks:
         ...     hooks.groups
@@ -97,20 +96,26 @@ from torch.overrides import _get_current_function_mode
         Returns:
             Their names.
 
+        Raises:
+            ValueError: An entry of ``groups`` was replaced, added or removed.
+
         Example:
-            >>> from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode
+            >>> from torch import nn
             >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).unseen()
             ['self_attn']
         """
+        if [*map(id, self.groups)] != [*map(id, self._groups)]:
+            raise ValueError(
+                "an entry of span_groups was replaced, added or removed, which scales nothing: "
+                "set the fields of the entries that are there"
+            )
         return [tap.site.name for tap in self._taps if not tap.seen]
 
     def forget(self) -> None:
         """Forget which layers were seen, as after an optimizer step.
 
         Example:
-            >>> from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode
+            >>> from torch import nn
             >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).forget()
         """
         for tap in self._taps:
@@ -121,14 +126,14 @@ from torch.overrides import _get_current_function_mode
 
         Raises:
             UnscaledLayerError: There is one, and ``on_missing`` is ``"error"``.
+            ValueError: An entry of ``groups`` was replaced rather than edited.
 
         Example:
-            >>> from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode
+            >>> from torch import nn
             >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).check()
             Traceback (most recent call last):
             ...
-            spanopt.attach.UnscaledLayerError: not scaled since the last step: layer 'self_attn'...
+            spanopt.attach.UnscaledLayerError: not scaled since the last step: ...
         """
         missing = self.unseen()
         if not missing or self._on_missing == "ignore":
@@ -150,8 +155,7 @@ from torch.overrides import _get_current_function_mode
         """Take everything off the model. Doing it twice is harmless.
 
         Example:
-            >>> from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode
+            >>> from torch import nn
             >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2))
             >>> hooks.remove()
         """
@@ -253,8 +257,7 @@ def table(hooks: SpanHooks) -> str:
         A text table: layer, class, tap, heads, head dimension, scales.
 
     Example:
-        >>> from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode
+        >>> from torch import nn
         >>> print(table(attach(nn.TransformerEncoderLayer(8, nhead=2))))
         layer      class               tap     heads  head dim  query (par, vio)  key (par, vio)
         self_attn  MultiheadAttention  packed  2      4         2.0, 1.0          2.0, 1.0

@@ -1,7 +1,7 @@
 """Small attention models that know nothing of spanopt, and the same mathematics written out.
 
 Each ``reference`` recomputes a model's forward from its parameters by hand and rescales the
-gradients of Q and K with tensor hooks that call the NumPy oracle: another route to the same numbers.
+gradients of Q and K with tensor hooks that call the NumPy oracle: another way to the same numbers.
 """
 
 import math
@@ -85,7 +85,9 @@ class Decoder(nn.Module):
                     "norm": nn.LayerNorm(width),
                     "attn": attention(width, heads),
                     "mlp": nn.Sequential(
-                        nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(),
+                        nn.LayerNorm(width),
+                        nn.Linear(width, 2 * width),
+                        nn.GELU(),
                         nn.Linear(2 * width, width),
                     ),
                 }
@@ -124,8 +126,8 @@ def gradients(model, loss):
     }
 
 
-def mha_reference(module, query, key, value, *, bias=None, scales=None, weights=False):
-    """``nn.MultiheadAttention`` by hand, batched, (L, B, E); returns (output, attention weights)."""
+def mha_reference(module, query, key, value, *, bias=None, scales=None):
+    """``nn.MultiheadAttention`` by hand, batched, (L, B, E)."""
     heads, d = module.num_heads, module.head_dim
     if module.in_proj_weight is not None:
         ws = module.in_proj_weight.chunk(3)

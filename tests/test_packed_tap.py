@@ -62,7 +62,9 @@ def test_masks_act_as_they_do_unhooked(need_weights):
     module = build()
     q, k, v = inputs(module)
     mask = nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)
-    expected = gradients(module, mha_reference(module, q, k, v, bias=mask, scales=SCALES).pow(3).sum())
+    expected = gradients(
+        module, mha_reference(module, q, k, v, bias=mask, scales=SCALES).pow(3).sum()
+    )
     with attach(module, SpanScale(**SCALES)):
         y = packed(module, q, k, v, attn_mask=mask, need_weights=need_weights)
         assert_close(gradients(module, y.pow(3).sum()), expected)

@@ -34,12 +34,12 @@ def test_gradients_are_the_oracles_in_cross_attention():
     model = ScoreAttention().double()
     x, context = (torch.randn(3, n, 16, dtype=torch.float64, requires_grad=True) for n in (9, 5))
     expected = gradients(model, model.reference(x, context, **SCALES).pow(3).sum())
-    inputs = x.grad, context.grad
+    inputs = {"x": x.grad, "context": context.grad}
     x.grad = context.grad = None
     with attach(model, SpanScale(**SCALES)):
         actual = gradients(model, model(x, context).pow(3).sum())
     assert_close(actual, expected)
-    assert_close({"x": x.grad, "context": context.grad}, dict(zip(("x", "context"), inputs)))
+    assert_close({"x": x.grad, "context": context.grad}, inputs)
 
 
 def test_a_whole_decoder_passes_the_rescaled_gradients_on_to_earlier_layers():

@@ -6,4 +6,4 @@ from typing import Any
 from spanopt.taps import packed, score
 from spanopt.taps.tap import Handler
 
-HANDLERS: dict[Callable[..., Any], Handler] = {**score.HANDLERS, **packed.HANDLERS}
+HANDLERS: list[tuple[Callable[..., Any], Handler]] = [*score.HANDLERS, *packed.HANDLERS]

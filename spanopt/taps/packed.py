@@ -89,4 +89,4 @@ class _ScoreProduct(TorchFunctionMode):
         return scale.on(x.unflatten(0, (x.shape[0] // self.heads, self.heads))).flatten(0, 1)
 
 
-HANDLERS = {F.multi_head_attention_forward: _multi_head_attention_forward}
+HANDLERS = [(F.multi_head_attention_forward, _multi_head_attention_forward)]

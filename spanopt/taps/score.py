@@ -22,4 +22,4 @@ def _scaled_dot_product_attention(
     return func(tap.query.on(query), tap.key.on(key), *args, **kwargs)
 
 
-HANDLERS = {F.scaled_dot_product_attention: _scaled_dot_product_attention}
+HANDLERS = [(F.scaled_dot_product_attention, _scaled_dot_product_attention)]

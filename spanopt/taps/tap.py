@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -91,7 +91,7 @@ class Tap(TorchFunctionMode):
         site: AttentionSite,
         scale: SpanScale,
         ridge: float | None,
-        handlers: Mapping[Callable[..., Any], Handler],
+        handlers: Sequence[tuple[Callable[..., Any], Handler]],
         nesting: Nesting,
     ) -> None:
         super().__init__()
@@ -122,9 +122,16 @@ class Tap(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        handler = self._handlers.get(func)
-        if handler is None or self._nesting.busy:
-            return func(*args, **kwargs)
+        if not self._nesting.busy:
+            # By identity: Dynamo does not find every function again in a dict.
+            for function, handler in self._handlers:
+                if func is function:
+                    return self._handle(handler, func, args, kwargs)
+        if func is Tensor.unflatten:  # Dynamo cannot trace its super() from a function mode
+            return args[0].unflatten(*args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+    def _handle(self, handler: Handler, func: Any, args: Any, kwargs: Any) -> Any:
         self.called = True
         # The call goes on to the mode of an enclosing layer, which must leave it alone.
         self._nesting.busy = True

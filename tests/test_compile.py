@@ -1,0 +1,204 @@
+"""torch.compile, fullgraph, with the hooks on: equal to eager, or an error."""
+
+import copy
+
+import pytest
+import torch
+from models import Decoder, ScoreAttention, gradients, loss_of, tokens
+from test_score_tap import assert_close
+from torch import nn
+
+from spanopt import SpanScale, SpanScaledOptimizer, UnscaledLayerError, attach
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def packed(need_weights):
+    class Packed(nn.MultiheadAttention):
+        def __init__(self, width, heads):
+            super().__init__(width, heads, batch_first=True)
+
+        def forward(self, x):
+            return super().forward(x, x, x, need_weights=need_weights)[0]
+
+    return Packed
+
+
+LAYERS = {
+    "score": ScoreAttention,
+    "packed": packed(False),
+    "packed with weights": packed(True),
+}
+SCALE = SpanScale(query=(2.0, 0.5), key=(3.0, 1.0))
+
+
+def compiled(model, backend="inductor", **options):
+    return torch.compile(model, fullgraph=True, backend=backend, **options)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_compiled_in_one_graph_the_gradients_equal_eager_ones(layer, backend):
+    model, batch = Decoder(attention=layer, layers=1).double(), tokens()
+    plain = gradients(model, loss_of(model(batch), batch))
+    with attach(model, SCALE) as hooks:
+        eager = gradients(model, loss_of(model(batch), batch))
+        hooks.forget()
+        run = compiled(model, backend)
+        assert_close(gradients(model, loss_of(run(batch), batch)), eager)
+        assert hooks.unseen() == []
+        hooks.forget()
+        run(batch)
+        assert hooks.unseen() == [], "every compiled call must report"
+    assert (eager["embed.weight"] - plain["embed.weight"]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_a_change_of_scale_acts_without_a_new_compilation(layer):
+    model, batch = Decoder(attention=layer, layers=1).double(), tokens()
+    with attach(model, SCALE) as hooks:
+        run = compiled(model, "aot_eager")
+        loss_of(run(batch), batch).backward()
+        for factor in (3.0, 0.25, -1.0):
+            hooks.groups[0].update(query=(factor, 0.5))
+            eager = gradients(model, loss_of(model(batch), batch))
+            with torch.compiler.set_stance("fail_on_recompile"):
+                loss = loss_of(run(batch), batch)
+            assert_close(gradients(model, loss), eager)
+
+
+def test_encoder_and_decoder_layers_compile_in_one_graph():
+    model = nn.Transformer(16, 4, 1, 1, 32, dropout=0.0, batch_first=True).double()
+    source, target = (torch.randn(2, 6, 16, dtype=torch.float64) for _ in range(2))
+    with attach(model, SCALE):
+        eager = gradients(model, model(source, target).pow(3).sum())
+        run = compiled(model, "aot_eager")
+        assert_close(gradients(model, run(source, target).pow(3).sum()), eager)
+
+
+@pytest.mark.parametrize("how", ["compile(model)", "model.compile()"])
+def test_a_model_compiled_and_run_before_it_was_wrapped_is_scaled(how):
+    model, batch = Decoder(layers=1).double(), tokens()
+    twin = copy.deepcopy(model)
+    run = model
+    if how == "compile(model)":
+        run = compiled(model, "aot_eager")
+    else:
+        model.compile(fullgraph=True, backend="aot_eager")
+    loss_of(run(batch), batch).backward()
+    with attach(run, SCALE) as hooks:
+        actual = gradients(model, loss_of(run(batch), batch))
+        assert hooks.unseen() == []
+    reference = {"blocks.0.attn": {"query": SCALE.query, "key": SCALE.key}}
+    assert_close(actual, gradients(twin, loss_of(twin(batch, reference), batch)))
+
+
+def test_a_compiled_run_that_cannot_notice_the_hooks_is_an_error_at_step_not_silent():
+    model, batch = Decoder(layers=1), tokens()
+    run = compiled(model, "aot_eager")
+    loss_of(run(batch), batch).backward()
+    # The compiled wrapper is not what spanopt is given, so it cannot know.
+    optimizer = SpanScaledOptimizer(torch.optim.AdamW(model.parameters()), model)
+    optimizer.zero_grad()
+    loss_of(run(batch), batch).backward()
+    with pytest.raises(UnscaledLayerError, match=r"torch.compiler.reset\(\)"):
+        optimizer.step()
+    torch.compiler.reset()
+    optimizer.zero_grad()
+    loss_of(run(batch), batch).backward()
+    optimizer.step()
+
+
+def test_removal_is_noticed_by_compiled_code():
+    model, batch = Decoder(layers=1).double(), tokens()
+    plain = gradients(model, loss_of(model(batch), batch))
+    hooks = attach(model, SCALE)
+    run = compiled(model, "aot_eager")
+    loss_of(run(batch), batch).backward()
+    hooks.remove()
+    assert_close(gradients(model, loss_of(run(batch), batch)), plain)
+
+
+def test_the_usual_code_of_attention_layers_compiles_in_one_graph_under_the_tap():
+    class Usual(nn.Module):
+        def __init__(self, width, heads):
+            super().__init__()
+            self.heads = heads
+            self.qkv = nn.Linear(width, 3 * width)
+            self.norm = nn.RMSNorm(width // heads)
+            self.register_buffer("positions", torch.arange(64.0))
+
+        def rotate(self, x):
+            angle = self.positions[: x.size(2), None] * torch.arange(2, device=x.device)
+            cos, sin = angle.cos().repeat(1, 2), torch.sin(angle).repeat(1, 2)
+            a, b = x.chunk(2, dim=-1)
+            return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+        def forward(self, x):
+            batch, length, width = x.size()
+            q, k, v = self.qkv(x).split(width, dim=-1)
+            q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+            q, k = (self.rotate(self.norm(y)).type_as(v).contiguous() for y in (q, k))
+            q = (1 - q) / 2.0 + q**2 - q / q.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+            mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+            bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            return torch.einsum("bhnd->bnhd", y).reshape(batch, length, -1)
+
+    model, batch = Decoder(attention=Usual, layers=1).double(), tokens()
+    with attach(model, SCALE) as hooks:
+        eager = gradients(model, loss_of(model(batch), batch))
+        hooks.forget()
+        assert_close(gradients(model, loss_of(compiled(model, "aot_eager")(batch), batch)), eager)
+        assert hooks.unseen() == []
+
+
+def test_without_fullgraph_a_graph_break_inside_the_layer_changes_nothing():
+    class Breaking(ScoreAttention):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    model, batch = Decoder(attention=Breaking, layers=2).double(), tokens()
+    with attach(model, SCALE) as hooks:
+        eager = gradients(model, loss_of(model(batch), batch))
+        hooks.forget()
+        run = torch.compile(model, backend="aot_eager")
+        assert_close(gradients(model, loss_of(run(batch), batch)), eager)
+        assert hooks.unseen() == []
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_a_compiled_packed_or_score_layer_trains_alone(layer):
+    model = layer(16, 4).double()
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    with attach(model, SCALE):
+        eager = gradients(model, model(x).pow(3).sum())
+        run = compiled(model, "aot_eager", dynamic=True)
+        for length in (7, 9, 5):
+            x = torch.randn(2, length, 16, dtype=torch.float64)
+            eager = gradients(model, model(x).pow(3).sum())
+            assert_close(gradients(model, run(x).pow(3).sum()), eager)
+
+
+def test_compiled_training_with_the_optimizer_equals_eager_training():
+    results = []
+    for mode in ("eager", "compiled"):
+        torch.manual_seed(0)
+        model = Decoder(layers=1).double()
+        optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        run = compiled(model, "aot_eager") if mode == "compiled" else model
+        for _ in range(5):
+            batch = tokens()
+            optimizer.zero_grad()
+            loss_of(run(batch), batch).backward()
+            optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*results)
