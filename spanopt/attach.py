@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
@@ -142,9 +142,8 @@ class SpanHooks:
             f"not scaled since the last step: layer{'s' if len(missing) > 1 else ''} "
             f"{', '.join(map(repr, missing))}. Q and K were not seen in a forward pass with "
             "gradients. If a layer was skipped or is frozen on purpose, pass "
-            "on_missing='warn' or 'ignore', or scale it with None; if the model was compiled and "
-            "run before it was wrapped, call torch.compiler.reset() after wrapping; if the layer's "
-            "forward was called directly, call the module instead"
+            "on_missing='warn' or 'ignore', or scale it with None; if its forward was called "
+            "directly, call the module instead"
         )
         if self._on_missing == "error":
             self.forget()
@@ -188,7 +187,9 @@ def attach(
 
     For frameworks that build their own optimizer; otherwise use
     :class:`~spanopt.SpanScaledOptimizer`. Forward values do not change. The hooks stay on the model
-    until :meth:`SpanHooks.remove`, whether or not the returned object is kept.
+    until :meth:`SpanHooks.remove`, whether or not the returned object is kept. The first call in a
+    process sets ``torch._dynamo.config.skip_nnmodule_hook_guards`` to false and drops code compiled
+    until then, so that compiled code and hooks never pass each other by.
 
     Args:
         model: Any module with attention layers that :func:`~spanopt.find_attention` finds.
@@ -237,7 +238,7 @@ def attach(
     if parameters is not None:
         _check_trained(scaled, parameters)
     hooks = SpanHooks(sites, resolved, ridge, on_missing)
-    _forget_compiled(model)
+    _let_compiled_code_notice_hooks()
     if example_inputs is not None:
         try:
             _probe(model, hooks, example_inputs)
@@ -357,14 +358,15 @@ def _check_trained(sites: Sequence[AttentionSite], parameters: Iterable[Tensor])
             )
 
 
-def _forget_compiled(model: nn.Module) -> None:
-    """Make compiled code that ran before notice the new hooks (pytorch#117758)."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and any(
-        getattr(module, "_compiled_call_impl", None) is not None
-        or isinstance(module, dynamo.OptimizedModule)
-        for module in model.modules()
-    ):
+def _let_compiled_code_notice_hooks() -> None:
+    """Have torch.compile guard on hooks, so that compiled code is never run in their place.
+
+    By default it takes a module without hooks to stay so (pytorch#117758): a model that was
+    compiled and run before it was hooked, or one of the same class as a model that was, would be
+    silently unscaled. What was compiled under the default is compiled anew.
+    """
+    if torch._dynamo.config.skip_nnmodule_hook_guards:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         torch.compiler.reset()
 
 

@@ -108,7 +108,5 @@ class _UniformNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        factor = ctx.factor
-        if factor.ndim:
-            factor = factor.to(grad.dtype)[..., None, None]
-        return grad * factor, None
+        factor = ctx.factor[..., None, None] if ctx.factor.ndim else ctx.factor
+        return (grad * factor).to(grad.dtype), None

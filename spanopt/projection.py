@@ -13,6 +13,9 @@ operations, no iteration, no branch on a value, no host synchronisation.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,15 +38,16 @@ def project(
         basis: Q, shape ``(..., N, d)``, floating point. Treated as a constant: no gradient flows
             to it.
         x: What is projected, shape ``(..., N, m)`` with the leading dimensions of ``basis``.
-        ridge: Relative ridge, at least 0. The default :func:`default_ridge` depends on the dtype
-            and drops singular values below about 3e-6 (float32) or 3e-13 (float64) of the norm.
-            With 0 a rank-deficient basis has no projector, and the result is NaN.
+        ridge: Relative ridge. The default, which is also the least that is taken, is
+            :func:`default_ridge` of the dtype computed in: it drops singular values below about
+            3e-6 (float32) or 3e-13 (float64) of the norm, which rounding blurs anyway.
         mask: Boolean, shape ``(..., N)``, true at real tokens. The span is that of the real tokens
             alone, and the result is zero at the others.
 
     Returns:
         ``P x``, with the shape and dtype of ``x``. float16 and bfloat16 are computed in float32.
-        Where ``basis`` or ``x`` is not finite the result is not finite.
+        Where ``basis`` or ``x`` is not finite the result is not finite. Entries of the basis are
+        squared: in float32 those above 1e19 give NaN, and a basis below 1e-24 counts as zero.
 
     Raises:
         TypeError: A dtype that is not real floating point, or a mask that is not boolean.
@@ -121,7 +125,7 @@ def rescale(
 
     Raises:
         TypeError: As in :func:`project`.
-        ValueError: As in :func:`project`.
+        ValueError: As in :func:`project`, or a factor whose shape is neither ``()`` nor ``(H,)``.
 
     Source: g' = b g + (a - b) P g; see ``docs/method.md``.
 
@@ -133,6 +137,7 @@ def rescale(
         tensor([5., 3., 5.])
     """
     _check(basis, grad, ridge, mask)
+    _check_factors(grad, parallel, violation)
     numbers = not isinstance(parallel, Tensor) and not isinstance(violation, Tensor)
     if numbers and parallel == violation:
         return grad if parallel == 1 else grad * parallel
@@ -194,52 +199,54 @@ def _project(
     dtype = _compute_dtype(torch.promote_types(basis.dtype, x.dtype))
     if basis.numel() == 0 or x.numel() == 0:
         return torch.zeros_like(x, dtype=dtype)
-    ridge = default_ridge(dtype) if ridge is None else ridge
-    # Autocast would send the products below to half precision.
-    with torch.autocast(basis.device.type, enabled=False):
-        q, g = basis.detach().to(dtype), x.to(dtype)
-        if mask is not None:
-            real = mask.unsqueeze(-1)
-            q, g = torch.where(real, q, 0), torch.where(real, g, 0)
-        whitened, gram = _whiten(q, ridge)
-        cholesky, failed = _cholesky(gram)
-        inverse = _inverse_triangular(cholesky)
+    ridge = max(default_ridge(dtype), ridge or 0.0)
+    # One copy to (matrices, N, d) here saves one in each of the products below.
+    q, g = (t.to(dtype).reshape(-1, *t.shape[-2:]) for t in (basis.detach(), x))
+    if mask is not None:
+        real = mask.expand(basis.shape[:-1]).reshape(-1, basis.shape[-2], 1)
+        q, g = torch.where(real, q, 0), torch.where(real, g, 0)
+    with _full_precision(basis.device.type):
+        whitened, gram, failed = _whiten(q, ridge)
+        inverse, failed_again = _inverse_cholesky(gram)
         coefficients = inverse.mT @ (inverse @ (whitened.mT @ g))
-        # The factor goes on the small matrix, to save a pass over the tokens.
-        coefficients = coefficients if factor is None else factor * coefficients
-        return whitened @ torch.where(failed, torch.nan, coefficients)
+        failed = (failed + failed_again)[:, None, None] > 0
+        coefficients = torch.where(failed, torch.nan, coefficients)
+        if factor is not None:  # on the small matrix, which saves a pass over the tokens
+            by_head = coefficients.reshape(*basis.shape[:-2], *coefficients.shape[1:]) * factor
+            coefficients = by_head.reshape(coefficients.shape)
+        return (whitened @ coefficients).reshape(x.shape)
 
 
-def _whiten(q: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return A = Q R with near-orthonormal columns, and A^T A + rho R^T R.
+def _full_precision(device_type: str) -> AbstractContextManager[Any]:
+    """Keep autocast from sending matrix products to half precision."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _whiten(q: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A = Q R^T with near-orthonormal columns, A^T A + rho R R^T, and where it failed.
 
     R is the inverse of a Cholesky factor of the shifted Gram matrix. Whatever R is,
-    A (A^T A + rho R^T R)^{-1} A^T = Q (Q^T Q + rho I)^{-1} Q^T, so the shift costs no accuracy.
+    A (A^T A + rho R R^T)^{-1} A^T = Q (Q^T Q + rho I)^{-1} Q^T, so the shift costs no accuracy.
     """
     gram = q.mT @ q
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    # A zero basis has a zero Gram matrix; any scale will do for it.
-    trace = torch.where(trace == 0, 1, trace)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    trace = trace.masked_fill(trace == 0, 1)  # any scale will do for a zero basis
+    # Large enough against the rounding errors of the Gram matrix for the factor to exist.
+    shift = max(8 * _matmul_eps(gram.dtype), ridge)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    # Large enough against the rounding errors of the Gram matrix for the factorisation to exist.
-    shift = 8 * _matmul_eps(gram.dtype)
-    factor, failed = _cholesky(gram + shift * trace * identity)
-    inverse = _inverse_triangular(factor)
-    whitened = q @ torch.where(failed, torch.nan, inverse).mT
-    return whitened, whitened.mT @ whitened + ridge * trace * (inverse @ inverse.mT)
+    inverse, failed = _inverse_cholesky(gram + shift * trace * identity)
+    whitened = q @ inverse.mT
+    return whitened, whitened.mT @ whitened + (inverse * (ridge * trace)) @ inverse.mT, failed
 
 
-def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the lower Cholesky factor and, as (..., 1, 1) booleans, where there is none."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    return factor, (info != 0)[..., None, None]
-
-
-def _inverse_triangular(factor: Tensor) -> Tensor:
-    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(
-        factor, identity.expand_as(factor).contiguous(), upper=False
-    )
+def _inverse_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the inverse of the lower Cholesky factor, and above 0 where there is none."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    identity = identity.expand_as(matrix).contiguous()
+    return torch.linalg.solve_triangular(factor, identity, upper=False), failed
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -281,3 +288,13 @@ def _check(basis: Tensor, x: Tensor, ridge: float | None, mask: Tensor | None) -
         raise ValueError(
             f"the mask must broadcast to {tuple(basis.shape[:-1])}, got {tuple(mask.shape)}"
         )
+
+
+def _check_factors(grad: Tensor, *factors: float | Tensor) -> None:
+    for factor in factors:
+        shape = tuple(factor.shape) if isinstance(factor, Tensor) else ()
+        if shape and (grad.ndim < 3 or shape != (grad.shape[-3],)):
+            raise ValueError(
+                "a factor must have shape () or (H,) for a gradient (..., H, N, d), "
+                f"got {shape} for {tuple(grad.shape)}"
+            )
