@@ -76,9 +76,6 @@ class Config:
     threads: int
 
 
-# --- the model -----------------------------------------------------------------------------------
-
-
 class Attention(nn.Module):
     """Causal self-attention."""
 
@@ -139,9 +136,6 @@ class Decoder(nn.Module):
         """Return the mean cross-entropy, in nats per character, of predicting each next one."""
         logits = self(windows[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-
-
-# --- the text ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -230,9 +224,6 @@ def encode(train: str, validation: str, length: int) -> Data:
     return Data(tokens[: len(train)], windows, len(alphabet), digest)
 
 
-# --- the optimizer -------------------------------------------------------------------------------
-
-
 def optimizer_classes() -> dict[str, type[torch.optim.Optimizer]]:
     """Return every optimizer class by its lower-case name, plain and with its package."""
     found: dict[str, type[torch.optim.Optimizer]] = {}
@@ -288,9 +279,6 @@ def build_arms(config: Config, vocabulary: int, seed: int) -> dict[str, Arm]:
     torch.manual_seed(seed)
     initial = Decoder(vocabulary, config)
     return {name: build_arm(name, copy.deepcopy(initial), config) for name in ARMS}
-
-
-# --- training ------------------------------------------------------------------------------------
 
 
 def train_step(arm: Arm, windows: Tensor) -> None:
@@ -352,9 +340,6 @@ def check_optimizer(config: Config, data: Data) -> None:
     except Exception as error:  # each optimizer raises its own kinds
         message = f"{config.optimizer} cannot train this model: {one_line(error)}"
         raise UserError(message) from error
-
-
-# --- the run and its checkpoint ------------------------------------------------------------------
 
 
 def both() -> dict[str, list[float]]:
@@ -484,9 +469,6 @@ class Display:
         self.progress.update(self.task, completed=completed, description=status)
         if record.steps[-1] == done and not self.progress.console.is_terminal:
             print(f"step {done}/{config.steps}, {status}", flush=True)
-
-
-# --- the results ---------------------------------------------------------------------------------
 
 
 def read_result(plain: Sequence[float], span: Sequence[float]) -> str:
@@ -626,9 +608,6 @@ def report(run: Run, console: Console) -> None:
     console.print(results["reading"], highlight=False, soft_wrap=True)
     written = f"Written: {run.out / 'results.json'}, {run.out / 'curves.png'}"
     console.print(written, highlight=False, soft_wrap=True)
-
-
-# --- the command line ----------------------------------------------------------------------------
 
 
 def one_line(error: Exception) -> str:

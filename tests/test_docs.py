@@ -1,0 +1,54 @@
+"""The README's snippets run, and so does the loop that its diff leads to."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def after(diff):
+    """The file that a diff leads to."""
+    return "\n".join(line[2:] for line in diff.splitlines() if not line.startswith("-"))
+
+
+def before(diff):
+    return "\n".join(line[2:] for line in diff.splitlines() if not line.startswith("+"))
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_the_snippets_run_one_after_the_other(capsys):
+    snippets = blocks("python")
+    assert len(snippets) == 2
+    namespace = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "decoder.layers.1.self_attn" in printed
+    assert "left alone" in printed
+
+
+def test_the_diff_turns_a_loop_that_runs_into_one_that_runs():
+    (diff,) = blocks("diff")
+    plain, wrapped = {}, {}
+    for source, namespace in ((before(diff), plain), (after(diff), wrapped)):
+        torch.manual_seed(0)
+        exec(compile(source, "README.md", "exec"), namespace)
+    assert type(plain["optimizer"]).__name__ == "AdamW"
+    assert type(wrapped["optimizer"]).__name__ == "SpanScaledOptimizer"
+    difference = plain["model"].self_attn.in_proj_weight - wrapped["model"].self_attn.in_proj_weight
+    assert difference.abs().max() > 0
+
+
+def test_every_file_that_the_docs_link_to_exists():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
