@@ -207,8 +207,8 @@ def _project(
         q, g = torch.where(real, q, 0), torch.where(real, g, 0)
     with _full_precision(basis.device.type):
         whitened, gram, failed = _whiten(q, ridge)
-        inverse, failed_again = _inverse_cholesky(gram)
-        coefficients = inverse.mT @ (inverse @ (whitened.mT @ g))
+        inverse, failed_again = _inverse_factor(gram)
+        coefficients = inverse @ (inverse.mT @ (whitened.mT @ g))
         failed = (failed + failed_again)[:, None, None] > 0
         coefficients = torch.where(failed, torch.nan, coefficients)
         if factor is not None:  # on the small matrix, which saves a pass over the tokens
@@ -225,10 +225,10 @@ def _full_precision(device_type: str) -> AbstractContextManager[Any]:
 
 
 def _whiten(q: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A = Q R^T with near-orthonormal columns, A^T A + rho R R^T, and where it failed.
+    """Return A = Q T with near-orthonormal columns, A^T A + rho T^T T, and where it failed.
 
-    R is the inverse of a Cholesky factor of the shifted Gram matrix. Whatever R is,
-    A (A^T A + rho R R^T)^{-1} A^T = Q (Q^T Q + rho I)^{-1} Q^T, so the shift costs no accuracy.
+    T is the inverse of a Cholesky factor of the shifted Gram matrix. Whatever T is,
+    A (A^T A + rho T^T T)^{-1} A^T = Q (Q^T Q + rho I)^{-1} Q^T, so the shift costs no accuracy.
     """
     gram = q.mT @ q
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
@@ -236,17 +236,18 @@ def _whiten(q: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     # Large enough against the rounding errors of the Gram matrix for the factor to exist.
     shift = max(8 * _matmul_eps(gram.dtype), ridge)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    inverse, failed = _inverse_cholesky(gram + shift * trace * identity)
-    whitened = q @ inverse.mT
-    return whitened, whitened.mT @ whitened + (inverse * (ridge * trace)) @ inverse.mT, failed
+    inverse, failed = _inverse_factor(gram + shift * trace * identity)
+    whitened = q @ inverse
+    return whitened, whitened.mT @ whitened + (inverse * (ridge * trace)).mT @ inverse, failed
 
 
-def _inverse_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the inverse of the lower Cholesky factor, and above 0 where there is none."""
+def _inverse_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return T = L^{-T}, so that T T^T inverts matrix = L L^T, and above 0 where there is none."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     identity = identity.expand_as(matrix).contiguous()
-    return torch.linalg.solve_triangular(factor, identity, upper=False), failed
+    # Solving T L^T = I, both in column-major order, is twice as fast as L T^T = I on a CPU.
+    return torch.linalg.solve_triangular(factor.mT, identity.mT, upper=True, left=False), failed
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
