@@ -27,7 +27,23 @@ _claimed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class UnscaledLayerError(RuntimeError):
-    """A layer that was asked for was not scaled: its Q and K were not seen."""
+    """A layer that was asked for was not scaled: its Q and K were not seen.
+
+    Example:
+        >>> import torch
+        >>> class Linear(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.qkv = torch.nn.Linear(4, 12)
+        ...     def forward(self, x):
+        ...         q, k, v = self.qkv(x).chunk(3, -1)
+        ...         return q @ (k.mT @ v)
+        >>> with attach(Linear(), example_inputs=torch.randn(2, 3, 4)):
+        ...     pass
+        Traceback (most recent call last):
+        ...
+        spanopt.attach.UnscaledLayerError: layer '' (Linear) called no attention ...
+    """
 
 
 class SpanHooks:

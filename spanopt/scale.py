@@ -208,7 +208,23 @@ class SpanGroup(dict[str, Any]):
         return SpanScale.of({field: value for field, value in self.items() if field != "name"})
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Change several fields at once; either all of them change or none."""
+        """Change several fields at once; either all of them change or none.
+
+        Args:
+            *args: A mapping of fields, as for ``dict.update``.
+            **kwargs: Fields.
+
+        Raises:
+            TypeError: An unknown field, or a value that is no scale.
+            ValueError: A value that is not finite, another name, or a wrong number of per-head
+                values.
+
+        Example:
+            >>> group = SpanGroup("attn", SpanScale())
+            >>> group.update(parallel=3.0, key=(1.0, 1.0))
+            >>> group.scale.side("key")
+            (1.0, 1.0)
+        """
         changes = dict(*args, **kwargs)
         name = self["name"]
         if changes.pop("name", name) != name:
@@ -229,15 +245,22 @@ class SpanGroup(dict[str, Any]):
         return self
 
     def _fixed(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"{self['name']}: the fields of a span group can be set, not removed")
+        """Refuse: every field is always there.
 
-    __delitem__ = pop = popitem = clear = _fixed
+        Raises:
+            TypeError: Always.
 
-    def setdefault(self, field: str, default: Any = None) -> Any:
-        """Return a field; every field is always there."""
-        if field not in self:
-            self.update({field: default})
-        return self[field]
+        Example:
+            >>> SpanGroup("attn", SpanScale()).pop("key")
+            Traceback (most recent call last):
+            ...
+            TypeError: attn: the fields of a span group can be set, not added or removed
+        """
+        raise TypeError(
+            f"{self['name']}: the fields of a span group can be set, not added or removed"
+        )
+
+    __delitem__ = pop = popitem = clear = setdefault = _fixed
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)

@@ -1,10 +1,13 @@
 """The README's snippets run, and so does the loop that its diff leads to."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
+
+import spanopt
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,3 +55,19 @@ def test_every_file_that_the_docs_link_to_exists():
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def public_objects():
+    for name in spanopt.__all__:
+        value = getattr(spanopt, name)
+        yield name, value
+        if inspect.isclass(value):
+            for attribute, member in vars(value).items():
+                member = getattr(member, "__func__", member)
+                if inspect.isfunction(member) and not attribute.startswith("_"):
+                    yield f"{name}.{attribute}", member
+
+
+@pytest.mark.parametrize(("name", "value"), public_objects())
+def test_every_public_name_has_a_docstring_with_an_example(name, value):
+    assert ">>> " in (inspect.getdoc(value) or ""), name

@@ -152,9 +152,9 @@ def test_a_bad_edit_raises_and_changes_nothing():
         with pytest.raises(error, match="a: "):
             group.update(edit)
     for removal in (group.clear, group.popitem, lambda: group.pop("parallel")):
-        with pytest.raises(TypeError, match="not removed"):
+        with pytest.raises(TypeError, match="not added or removed"):
             removal()
-    with pytest.raises(TypeError, match="not removed"):
+    with pytest.raises(TypeError, match="not added or removed"):
         del group["parallel"]
     assert group == before
     assert changes == []
