@@ -10,13 +10,12 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode
 
 from spanopt.projection import check_ridge
 from spanopt.scale import ScaleLike, SpanGroup, SpanScale, resolve_scales
 from spanopt.sites import AttentionSite, find_attention
 from spanopt.taps import HANDLERS
-from spanopt.taps.tap import Nesting, Tap
+from spanopt.taps.tap import Tap, remove_stale, thread
 
 __all__ = ["SpanHooks", "UnscaledLayerError", "attach"]
 
@@ -74,30 +73,33 @@ class SpanHooks:
     ) -> None:
         self.sites = list(sites)
         self.groups: list[SpanGroup] = []
-        self._groups: list[SpanGroup] = []
         self._taps: list[Tap] = []
         self._handles: list[Any] = []
         self._modules: list[nn.Module] = []
         self._on_missing = on_missing
-        nesting = Nesting()
+        self._shields: list[Tap] = []
+        scaled = [site.module for site in sites if scales[site.name] is not None]
         for site in sites:
             scale = scales[site.name]
             if scale is not None:
-                tap = Tap(site, scale, ridge, HANDLERS, nesting)
+                tap = Tap(site, scale, ridge, HANDLERS)
                 self._taps.append(tap)
                 self.groups.append(SpanGroup(site.name, scale, tap.set_scale))
-                self._groups.append(self.groups[-1])
-                self._install(tap)
-            elif any(_contains(outer, site.module) for outer in self._modules):
+            elif any(_contains(outer, site.module) for outer in scaled):
                 # Left alone, inside a layer that is scaled: a tap that does nothing shields it.
-                self._install(Tap(site, SpanScale(1.0, 1.0), ridge, HANDLERS, nesting))
+                self._shields.append(Tap(site, SpanScale(1.0, 1.0), ridge, HANDLERS))
+        self._groups = list(self.groups)
+        for tap in self._taps:
+            self._install(tap, strict=on_missing == "error")
+        for tap in self._shields:
+            self._install(tap, strict=False)
 
-    def _install(self, tap: Tap) -> None:
+    def _install(self, tap: Tap, strict: bool) -> None:
         module = tap.site.module
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook is _inert]:
                 del hooks[key]
-        strict = self._on_missing == "error"
+                module._forward_hooks_always_called.pop(key, None)
         # Prepended, and the forward hook is called always: an exception leaves no mode entered.
         self._handles += [
             module.register_forward_pre_hook(_Enter(tap), prepend=True),
@@ -177,6 +179,9 @@ class SpanHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for tap in (*self._taps, *self._shields):
+            tap.removed = True
+        remove_stale()
         _claimed.difference_update(self._modules)
         self._modules.clear()
 
@@ -216,7 +221,7 @@ def attach(
             ``"error"``, ``"warn"`` or ``"ignore"``.
         example_inputs: Inputs for one forward pass that checks now what only a forward pass can
             tell: a tuple of positional arguments, a dict of keyword arguments, or one argument.
-            Random state and buffers are restored after it.
+            Random state and the values of buffers are restored after it.
         parameters: What will be trained. When given, a scaled layer that has trainable parameters
             and none of them here is an error.
 
@@ -306,18 +311,19 @@ class _Hook:
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _inert
-
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_hook, ()
 
 
 class _Enter(_Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled():
-            self.tap.called = False
-            self.tap.__enter__()
+        if torch.is_grad_enabled() or thread.probing:
+            if _is_exporting():
+                raise RuntimeError(
+                    f"layer {self.tap.site.name!r} is hooked by spanopt, which an exported program "
+                    "would silently lose: detach() the optimizer or remove() the hooks first"
+                )
+            self.tap.enter()
 
 
 class _Leave(_Hook):
@@ -326,19 +332,28 @@ class _Leave(_Hook):
         self.strict = strict
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
-        if not torch.is_grad_enabled():
-            return
-        # Not entered when a pre-hook that another had put before ours raised an exception.
-        if torch.compiler.is_compiling() or _get_current_function_mode() is self.tap:
-            self.tap.__exit__(None, None, None)
+        # Eagerly whatever the grad mode is by now, and whether or not the tap was entered: another
+        # pre-hook, put before ours, may have raised an exception.
+        enabled = torch.is_grad_enabled() or thread.probing
+        if enabled or not torch.compiler.is_compiling():
+            self.tap.leave()
         # There is no result when the forward pass raised an exception of its own.
-        if self.strict and not self.tap.called and result is not None:
-            raise UnscaledLayerError(
-                f"layer {self.tap.site.name!r} ({type(module).__name__}) called no attention that "
-                "can be scaled: neither torch.nn.functional.scaled_dot_product_attention nor "
-                "multi_head_attention_forward. Scale it with None, or pass on_missing='warn' or "
-                "'ignore' if it skips attention on purpose"
-            )
+        if self.strict and enabled and not self.tap.called and result is not None:
+            raise UnscaledLayerError(_uncalled(self.tap))
+
+
+def _uncalled(tap: Tap) -> str:
+    return (
+        f"layer {tap.site.name!r} ({tap.site.class_name}) called no attention that can be scaled, "
+        "neither torch.nn.functional.scaled_dot_product_attention nor "
+        "multi_head_attention_forward. If it computes attention by hand, scale it with None and "
+        "call spanopt.span_node on Q and K in its forward; if it skips attention on purpose, pass "
+        "on_missing='warn' or 'ignore'"
+    )
+
+
+def _is_exporting() -> bool:
+    return getattr(torch.compiler, "is_exporting", bool)()
 
 
 def _inert(*args: Any) -> None:
@@ -392,10 +407,14 @@ def _probe(model: nn.Module, hooks: SpanHooks, inputs: Any) -> None:
     if isinstance(inputs, Mapping):
         args, kwargs = (), dict(inputs)
     try:
+        thread.probing = True
         with torch.random.fork_rng(), torch.enable_grad():
             model(*args, **kwargs)
-        hooks.check()
+        for tap in hooks._taps:
+            if not tap.called and hooks._on_missing == "error":
+                raise UnscaledLayerError(_uncalled(tap))
     finally:
+        thread.probing = False
         hooks.forget()
         with torch.no_grad():
             for buffer, value in buffers:

@@ -108,5 +108,5 @@ class _UniformNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        factor = ctx.factor[..., None, None] if ctx.factor.ndim else ctx.factor
+        factor = ctx.factor[..., None, None].to(grad.device) if ctx.factor.ndim else ctx.factor
         return (grad * factor).to(grad.dtype), None

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from spanopt.attach import SpanHooks, attach
 from spanopt.scale import ScaleLike, SpanGroup, SpanScale
+from spanopt.taps.tap import remove_stale
 
 __all__ = ["SpanScaledOptimizer"]
 
@@ -26,6 +27,21 @@ _HOOK_TABLES = (
 )
 
 
+def _passed_on(name: str) -> Any:
+    """Return a property that reads, sets and deletes an attribute of the wrapped optimizer."""
+
+    def get(self: SpanScaledOptimizer) -> Any:
+        return getattr(self.optimizer, name)
+
+    def set_(self: SpanScaledOptimizer, value: Any) -> None:
+        setattr(self.optimizer, name, value)
+
+    def delete(self: SpanScaledOptimizer) -> None:
+        delattr(self.optimizer, name)
+
+    return property(get, set_, delete, f"The wrapped optimizer's ``{name}``.")
+
+
 class SpanScaledOptimizer(Optimizer):
     """Wrap an optimizer so that it trains on span-scaled attention gradients.
 
@@ -34,7 +50,8 @@ class SpanScaledOptimizer(Optimizer):
     forward pass, the model's code and the optimizer's update rule stay as they are.
 
     ``param_groups``, ``state`` and ``defaults`` are the wrapped optimizer's own objects, and any
-    other attribute that this class lacks is read from it.
+    other attribute that this class lacks is read from it and set on it. The hooks stay on the model
+    until :meth:`detach`, or until the wrapper itself is dropped: keep it, not only what it wraps.
 
     Args:
         optimizer: The optimizer to wrap, of ``torch.optim``, torch-optimizer, or any other with
@@ -91,13 +108,7 @@ class SpanScaledOptimizer(Optimizer):
                 f"the optimizer must have the interface of torch.optim.Optimizer, got "
                 f"{type(optimizer).__name__} without {', '.join(missing)}"
             )
-        self.optimizer = optimizer
-        self.model = model
-        self._ridge = ridge
-        self._on_missing = on_missing
-        self._marks: dict[int, tuple[Any, int]] = {}
-        for hooks in _HOOK_TABLES:
-            setattr(self, hooks, OrderedDict())
+        self._adopt(optimizer, model, ridge, on_missing)
         self.hooks: SpanHooks = attach(
             model,
             scales,
@@ -110,58 +121,23 @@ class SpanScaledOptimizer(Optimizer):
         # A wrapper that is dropped, as when a notebook cell runs again, leaves the model clean.
         weakref.finalize(self, self.hooks.remove)
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's parameter groups."""
-        return self.optimizer.param_groups
+    def _adopt(
+        self, optimizer: Optimizer, model: nn.Module, ridge: float | None, on_missing: str
+    ) -> None:
+        self.optimizer = optimizer
+        self.model = model
+        self._ridge = ridge
+        self._on_missing = on_missing
+        self._marks: dict[int, tuple[Any, int]] = {}
+        for hooks in _HOOK_TABLES:
+            setattr(self, hooks, OrderedDict())
 
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's state."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's defaults."""
-        return self.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.optimizer.defaults = defaults
-
-    @property
-    def grad_scale(self) -> Any:
-        """What ``torch.amp.GradScaler`` hands to a fused optimizer."""
-        return self.optimizer.grad_scale  # type: ignore[attr-defined]
-
-    @grad_scale.setter
-    def grad_scale(self, value: Any) -> None:
-        self.optimizer.grad_scale = value  # type: ignore[attr-defined]
-
-    @grad_scale.deleter
-    def grad_scale(self) -> None:
-        del self.optimizer.grad_scale  # type: ignore[attr-defined]
-
-    @property
-    def found_inf(self) -> Any:
-        """What ``torch.amp.GradScaler`` hands to a fused optimizer."""
-        return self.optimizer.found_inf  # type: ignore[attr-defined]
-
-    @found_inf.setter
-    def found_inf(self, value: Any) -> None:
-        self.optimizer.found_inf = value  # type: ignore[attr-defined]
-
-    @found_inf.deleter
-    def found_inf(self) -> None:
-        del self.optimizer.found_inf  # type: ignore[attr-defined]
+    param_groups = _passed_on("param_groups")
+    state = _passed_on("state")
+    defaults = _passed_on("defaults")
+    # torch.amp.GradScaler hands these two to a fused optimizer.
+    grad_scale = _passed_on("grad_scale")
+    found_inf = _passed_on("found_inf")
 
     @property
     def span_groups(self) -> list[SpanGroup]:
@@ -208,18 +184,14 @@ class SpanScaledOptimizer(Optimizer):
     # Optimizer would add the global step hooks, which the wrapped step runs already.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
-        if closure is None:
-            self._check_seen()
-            result = self.optimizer.step(*args, **kwargs)
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        if args and callable(args[0]):
+            args = (self._checked(args[0]), *args[1:])
+        elif callable(kwargs.get("closure")):
+            kwargs = {**kwargs, "closure": self._checked(kwargs["closure"])}
         else:
-
-            def checked() -> Any:
-                loss = closure()
-                self._check_seen()
-                return loss
-
-            result = self.optimizer.step(checked, *args, **kwargs)
+            self._check_seen()
+        result = self.optimizer.step(*args, **kwargs)
         self.hooks.forget()
         self._marks = {
             id(parameter): (weakref.ref(parameter.grad), parameter.grad._version)
@@ -228,8 +200,17 @@ class SpanScaledOptimizer(Optimizer):
         }
         return result
 
+    def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def checked() -> Any:
+            loss = closure()
+            self._check_seen()
+            return loss
+
+        return checked
+
     def _check_seen(self) -> None:
-        if self._attached and self.hooks.unseen() and self._backward_has_run():
+        remove_stale()
+        if self._on_missing != "ignore" and self.hooks.unseen() and self._backward_has_run():
             self.hooks.check()
 
     def _backward_has_run(self) -> bool:
@@ -243,7 +224,8 @@ class SpanScaledOptimizer(Optimizer):
             if grad is None:
                 continue
             mark, version = self._marks.get(id(parameter), (lambda: None, -1))
-            if (mark() is not grad or version != grad._version) and bool((grad != 0).any()):
+            values = grad._values() if grad.is_sparse else grad
+            if (mark() is not grad or version != grad._version) and bool((values != 0).any()):
                 return True
         return False
 
@@ -264,6 +246,7 @@ class SpanScaledOptimizer(Optimizer):
             >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
             >>> optimizer.zero_grad(set_to_none=True)
         """
+        remove_stale()
         self.optimizer.zero_grad(*args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -300,7 +283,7 @@ class SpanScaledOptimizer(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = dict(self.optimizer.state_dict())
-        own = [{"name": group["name"], **group.scale.fields()} for group in self.span_groups]
+        own = [group.plain() for group in self.span_groups]
         state_dict["span_groups"] = [*state_dict.get("span_groups", []), *own]
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
@@ -377,8 +360,14 @@ class SpanScaledOptimizer(Optimizer):
             True
         """
         self.hooks.remove()
+        self.hooks = SpanHooks([], {}, self._ridge, self._on_missing)
         self._attached = False
         return self.optimizer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in self.__dict__ or hasattr(type(self), name) or "_attached" not in self.__dict__
+        target = self if own or not hasattr(self.optimizer, name) else self.optimizer
+        object.__setattr__(target, name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":  # not set yet, while being unpickled
@@ -397,9 +386,12 @@ class SpanScaledOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         attached = state.pop("attached")
-        self.__init__(**state)  # type: ignore[misc]
-        if not attached:
-            self.detach()
+        if attached:
+            self.__init__(**state)  # type: ignore[misc]
+        else:
+            self._adopt(state["optimizer"], state["model"], state["ridge"], state["on_missing"])
+            self.hooks = SpanHooks([], {}, state["ridge"], state["on_missing"])
+            self._attached = False
 
     def __repr__(self) -> str:
         state = "" if self._attached else ", detached"

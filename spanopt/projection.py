@@ -176,6 +176,7 @@ def check_ridge(ridge: float | None) -> None:
         ridge: As in :func:`project`.
 
     Raises:
+        TypeError: It is no number.
         ValueError: It is negative or not finite.
 
     Example:
@@ -184,6 +185,8 @@ def check_ridge(ridge: float | None) -> None:
         ...
         ValueError: the ridge must be finite and at least 0, got -1.0
     """
+    if ridge is not None and not isinstance(ridge, (int, float)):
+        raise TypeError(f"the ridge must be a number, got {ridge!r}")
     if ridge is not None and not 0 <= ridge < float("inf"):
         raise ValueError(f"the ridge must be finite and at least 0, got {ridge}")
 

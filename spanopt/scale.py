@@ -113,16 +113,16 @@ class SpanScale:
         )
 
     def fields(self) -> dict[str, Any]:
-        """Return the four fields as a dict of plain numbers, lists and ``None``.
+        """Return the four fields as a dict of numbers, tuples and ``None``.
 
         Returns:
             What :meth:`of` turns back into an equal scale.
 
         Example:
             >>> SpanScale([2.0, 3.0]).fields()
-            {'parallel': [2.0, 3.0], 'violation': 1.0, 'query': None, 'key': None}
+            {'parallel': (2.0, 3.0), 'violation': 1.0, 'query': None, 'key': None}
         """
-        return {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 ScaleLike: TypeAlias = (
@@ -262,14 +262,30 @@ class SpanGroup(dict[str, Any]):
 
     __delitem__ = pop = popitem = clear = setdefault = _fixed
 
+    def plain(self) -> dict[str, Any]:
+        """Return a dict of numbers, strings, lists and ``None`` only, as for a checkpoint.
+
+        Returns:
+            The fields, with lists in place of tuples.
+
+        Example:
+            >>> SpanGroup("attn", SpanScale([2.0, 3.0])).plain()["parallel"]
+            [2.0, 3.0]
+        """
+        return {field: _plain(value) for field, value in self.items()}
+
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _matches(key: str, names: Sequence[str]) -> list[str]:
     if not isinstance(key, str):
         raise TypeError(f"a key of scales is a layer name or a pattern, got {key!r}")
-    matches = [key] if key in names else fnmatch.filter(names, key)
+    matches = [key] if key in names else [name for name in names if fnmatch.fnmatchcase(name, key)]
     if not matches:
         raise ValueError(
             f"scales[{key!r}] matches no attention layer; {_nearest(key, names)}. "
@@ -313,7 +329,3 @@ def _pair(name: str, value: Any) -> tuple[Factor, Factor] | None:
 
 def _is_sequence(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value

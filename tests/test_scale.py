@@ -133,8 +133,8 @@ def test_a_group_is_edited_like_a_dict_and_reports_each_change():
         "name": "a",
         "parallel": 3.0,
         "violation": 0.5,
-        "query": [2.0, 2.0],
-        "key": [1.0, 1.0],
+        "query": (2.0, 2.0),
+        "key": (1.0, 1.0),
     }
     assert changes[-1] == group.scale == SpanScale(3.0, 0.5, (2.0, 2.0), (1.0, 1.0))
     assert len(changes) == 3
@@ -165,3 +165,10 @@ def test_a_copy_of_a_group_is_a_plain_dict():
     for clone in (copy.deepcopy(group), copy.copy(group), pickle.loads(pickle.dumps(group))):
         assert type(clone) is dict
         assert clone == group
+
+
+def test_values_inside_a_group_cannot_be_changed_behind_its_back():
+    group = SpanGroup("a", SpanScale([1.0, 2.0], query=([1.0, 2.0], 1.0)))
+    for value in (group["parallel"], group["query"], group["query"][0]):
+        with pytest.raises(TypeError, match="item assignment"):
+            value[0] = 5.0

@@ -38,15 +38,16 @@ _SOURCES = (
     "bias_k",
     "q_proj_weight",
     "k_proj_weight",
+    "static_k",
 )
 
 
 def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     bound = _SIGNATURE.bind(*args, **kwargs).arguments
     heads = bound["num_heads"]
-    trains = any(
-        bound[name] is not None and bound[name].requires_grad for name in _SOURCES if name in bound
-    )
+    sources = [bound[name] for name in _SOURCES if bound.get(name) is not None]
+    tap.refuse_vmap(*sources)
+    trains = any(source.requires_grad for source in sources)
     tap.mark(heads, heads, bound["embed_dim_to_check"] // heads, trains)
     if tap.query.mode == tap.key.mode == "identity":
         return func(*args, **kwargs)
