@@ -284,7 +284,8 @@ class SpanScaledOptimizer(Optimizer):
             pre_hook(self)
         state_dict = dict(self.optimizer.state_dict())
         own = [group.plain() for group in self.span_groups]
-        state_dict["span_groups"] = [*state_dict.get("span_groups", []), *own]
+        if own:
+            state_dict["span_groups"] = [*state_dict.get("span_groups", []), *own]
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -325,7 +326,7 @@ class SpanScaledOptimizer(Optimizer):
 
     def _take_scales(self, state_dict: dict[str, Any]) -> dict[str, SpanScale]:
         """Take this wrapper's entries out of a state dict, leaving those of a wrapper inside."""
-        if "span_groups" not in state_dict:
+        if not self._attached or "span_groups" not in state_dict:
             return {}
         entries = {entry["name"]: entry for entry in state_dict.pop("span_groups")}
         names = [group["name"] for group in self.span_groups]
@@ -366,8 +367,10 @@ class SpanScaledOptimizer(Optimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         own = name in self.__dict__ or hasattr(type(self), name) or "_attached" not in self.__dict__
-        target = self if own or not hasattr(self.optimizer, name) else self.optimizer
-        object.__setattr__(target, name, value)
+        if own or not hasattr(self.optimizer, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.optimizer, name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":  # not set yet, while being unpickled

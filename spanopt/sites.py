@@ -15,10 +15,16 @@ from torch.nn.functional import multi_head_attention_forward, scaled_dot_product
 __all__ = ["AttentionSite", "find_attention", "unwrap"]
 
 _ATTENTION_CALLS = (scaled_dot_product_attention, multi_head_attention_forward)
-_FILLERS = {"proj", "projection", "lin", "linear", "layer", "to", "w", "fc", "net", "dense"}
-_QUERY = {"q", "query"}
-_KEY = {"k", "key", "kv"}
-_FUSED = {"qkv", "querykeyvalue", "cattn"}
+_ATTENTION_NAMES = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+# fmt: off
+_FILLERS = {
+    "proj", "projection", "lin", "linear", "layer", "to", "w", "c", "fc", "net", "dense", "conv",
+    "transform", "attn", "in", "a", "b",
+}
+# fmt: on
+_QUERY = {"q", "query", "queries"}
+_KEY = {"k", "key", "keys", "kv"}
+_FUSED = {"qkv", "kqv", "qk", "querykeyvalue"}
 
 
 @dataclass(eq=False)
@@ -138,7 +144,7 @@ def _kind(module: nn.Module, calls: dict[type, bool]) -> str | None:
     cls = type(module)
     if cls not in calls:
         calls[cls] = cls.__module__.partition(".")[0] != "torch" and _calls_attention(cls)
-    if calls[cls]:
+    if calls[cls] or any(_is_attention(value) for value in vars(module).values()):
         return "score"
     return "projections" if _owns_projections(module) else None
 
@@ -182,6 +188,8 @@ def _owns_projections(module: nn.Module) -> bool:
 def _normalised(name: str) -> str:
     """Reduce ``q_proj``, ``to_q``, ``wq``, ``q_proj_weight``, ``Wqkv`` to their letters."""
     words = re.sub(r"_?weights?$", "", name.lower()).split("_")
+    if words == ["c", "attn"]:  # GPT-2's fused projection
+        return "qkv"
     joined = "".join(word for word in words if word not in _FILLERS)
     return joined[1:] if joined in {"wq", "wk", "wqkv", "wkv"} else joined
 
@@ -196,8 +204,11 @@ def _calls_attention(cls: type) -> bool:
         if code is None or code in visited:
             continue
         visited.add(code)
+        # The name is enough where the function comes from getattr, an inner import or an object.
+        if _ATTENTION_NAMES.intersection(_names(code)):
+            return True
         for value in _referenced(function, cls):
-            if any(value is call for call in _ATTENTION_CALLS):
+            if _is_attention(value):
                 return True
             if isinstance(value, types.FunctionType) and not _is_torch(value):
                 pending.append(value)
@@ -213,16 +224,26 @@ def _referenced(function: Callable[..., Any], cls: type) -> Iterator[Any]:
             closure[name] = cell.cell_contents
     names = {*_names(code), *closure}
     for name in names:
-        if hasattr(nn.Module, name):
-            continue
-        yield _function_of(getattr(cls, name, None))
+        yield from map(_function_of, _methods(cls, name, names))
         value = closure.get(name, function.__globals__.get(name))
         yield from _attributes(value, names)
+
+
+def _methods(cls: type, name: str, names: set[str]) -> Iterator[Any]:
+    """Yield what an attribute of the class may stand for, as ``self.name`` or ``super().name``."""
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    own = [base.__dict__[name] for base in bases if name in base.__dict__]
+    if not hasattr(nn.Module, name):
+        yield from own[:1]
+    if "super" in names or any(base.__name__ in names for base in bases):
+        yield from own
 
 
 def _attributes(value: Any, names: set[str], depth: int = 3) -> Iterator[Any]:
     """Yield a value and, for a module, what these names stand for inside it and its submodules."""
     yield _function_of(value)
+    if isinstance(value, dict):
+        yield from map(_function_of, list(value.values()))
     if isinstance(value, types.ModuleType) and depth > 0:
         for name in names:
             yield from _attributes(getattr(value, name, None), names, depth - 1)
@@ -234,9 +255,16 @@ def _function_of(value: Any) -> Any:
     return getattr(value, "__wrapped__", value)
 
 
+def _is_attention(value: Any) -> bool:
+    return any(value is call for call in _ATTENTION_CALLS)
+
+
 def _names(code: types.CodeType) -> Iterator[str]:
+    """Yield the names in the code, and its strings, which ``getattr`` may take for names."""
     yield from code.co_names
     for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
 

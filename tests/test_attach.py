@@ -2,6 +2,7 @@ import copy
 import gc
 import io
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from models import Decoder, ScoreAttention, gradients, loss_of, tokens
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from spanopt import SpanScale, UnscaledLayerError, attach
 
@@ -299,3 +302,208 @@ def test_equal_scales_multiply_and_save_nothing():
     for name in ("q_proj", "k_proj"):
         weight = f"blocks.1.attn.{name}.weight"
         torch.testing.assert_close(scaled[weight], 3 * plain[weight])
+
+
+# What a review once found.
+
+
+def test_after_a_keyboard_interrupt_no_other_model_is_scaled(model, x):
+    foreign = Model()
+    plain = gradients(foreign, foreign(x).pow(2).sum())
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    with attach(model) as hooks:
+        expected = gradients(model, model(x).pow(2).sum())
+        handle = model.score.out_proj.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        handle.remove()
+        assert len(torch.overrides._get_current_function_mode_stack()) == 1, "torch calls no hook"
+        actual = gradients(foreign, foreign(x).pow(2).sum())
+        assert all(torch.equal(actual[name], plain[name]) for name in plain)
+        again = gradients(model, model(x).pow(2).sum())
+        assert all(torch.equal(again[name], expected[name]) for name in expected)
+        assert hooks.unseen() == []
+        assert not torch.overrides._get_current_function_mode_stack(), "the next pass cleans up"
+
+
+@pytest.mark.parametrize("how", ["set_grad_enabled", "another mode", "removal"])
+def test_a_forward_that_disturbs_the_hooks_leaves_no_mode_entered(how):
+    class Mine(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    class Disturbing(ScoreAttention):
+        def forward(self, x):
+            y = super().forward(x)
+            if how == "set_grad_enabled":
+                torch.set_grad_enabled(False)
+            elif how == "another mode":
+                mine.__enter__()
+            else:
+                hooks.remove()
+            return y
+
+    mine = Mine()
+    model = Disturbing()
+    hooks = attach(model)
+    try:
+        model(torch.randn(2, 5, 16))
+    finally:
+        torch.set_grad_enabled(True)
+    if how == "another mode":
+        assert torch.overrides._get_current_function_mode_stack() == [mine]
+        mine.__exit__(None, None, None)
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_models_in_two_threads_are_each_scaled_right(shared):
+    model = ScoreAttention().double()
+    models = [model, model if shared else copy.deepcopy(model)]
+    batches = [torch.randn(2, 64, 16, dtype=torch.float64) for _ in models]
+    attached = [attach(one, {"*": (2.0, 0.5)}) for one in dict.fromkeys(models)]
+
+    def gradient(one, x):
+        return torch.autograd.grad(one(x).pow(3).sum(), one.q_proj.weight)[0]
+
+    expected = [gradient(*pair) for pair in zip(models, batches, strict=True)]
+    start = threading.Barrier(2)
+    wrong = []
+
+    def run(index):
+        start.wait()
+        for _ in range(30):
+            actual = gradient(models[index], batches[index])
+            if not torch.allclose(actual, expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    for hooks in attached:
+        hooks.remove()
+
+
+def test_a_scale_that_fits_one_layer_but_not_the_next_installs_nothing():
+    model = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 4)])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="2 per-head values on the query side, which has 4 heads"):
+        attach(model, {"*": SpanScale([2.0, 3.0], 1.0)})
+    assert snapshot(model) == before
+    attach(model).remove()
+
+
+def test_a_bad_edit_of_per_head_values_keeps_the_old_ones(model, x):
+    with attach(model) as hooks:
+        expected = gradients(model, model(x).pow(2).sum())
+        for group in hooks.groups:
+            with pytest.raises(ValueError, match="3 per-head values"):
+                group["parallel"] = [1.0, 2.0, 3.0]
+        actual = gradients(model, model(x).pow(2).sum())
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_vmap_is_refused_not_silently_unscaled(model, x):
+    with attach(model), pytest.raises(TypeError, match=r"layer 'score'.*torch.vmap"):
+        torch.vmap(lambda row: model(row.unsqueeze(0)))(x)
+
+
+def test_export_is_refused_not_silently_unscaled(model, x):
+    with attach(model), pytest.raises(RuntimeError, match="hooked by spanopt"):
+        torch.export.export(model, (x,))
+
+
+def test_a_hooked_layer_hidden_inside_another_attachments_is_scaled_once(x):
+    inner = ScoreAttention().double()
+
+    class Outer(ScoreAttention):
+        def __init__(self):
+            super().__init__()
+            self.hidden = [inner]
+
+        def forward(self, x):
+            return super().forward(self.hidden[0](x))
+
+    outer, x = Outer().double(), x.double()
+    expected = gradients(inner, outer.reference(inner.reference(x)).pow(3).sum())
+    with attach(outer), attach(inner):
+        actual = gradients(inner, outer(x).pow(3).sum())
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name])
+
+
+def test_a_left_alone_layer_that_calls_no_attention_is_left_alone(x):
+    class Projections(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.q_proj(x), self.k_proj(x)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = Projections()
+
+        def forward(self, x):
+            q, k = self.project(x)
+            return F.scaled_dot_product_attention(q, k, x)
+
+    model = Outer()
+    with attach(model, {"": (2.0, 1.0), "project": None}) as hooks:
+        model(x).sum().backward()
+        assert hooks.unseen() == []
+
+
+def test_a_model_built_on_meta_and_filled_later_is_scaled(x):
+    with torch.device("meta"):
+        model = ScoreAttention()
+    hooks = attach(model, {"*": SpanScale([2.0, 3.0, 4.0, 5.0], 1.0)})
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    model(x).sum().backward()
+    assert hooks.unseen() == []
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_example_inputs_see_through_reentrant_checkpointing(x):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = ScoreAttention()
+
+        def forward(self, x):
+            return checkpoint(self.attn, x, use_reentrant=True)
+
+    with attach(Checkpointed(), example_inputs=x) as hooks:
+        assert hooks.sites[0].heads == 4
+
+
+def test_scales_set_in_inference_mode_serve_second_order_gradients():
+    model, x = ScoreAttention().double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    with attach(model) as hooks, sdpa_kernel(SDPBackend.MATH):
+        with torch.inference_mode():
+            hooks.groups[0]["parallel"] = 3.0
+        loss = model(x).pow(3).sum()
+        (gradient,) = torch.autograd.grad(loss, model.q_proj.weight, create_graph=True)
+        gradient.pow(2).sum().backward()
+
+
+def test_per_head_values_for_a_query_without_a_head_dimension_are_refused():
+    class Flat(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x, x)
+
+    x = torch.randn(8, 7, 4, requires_grad=True)
+    with attach(Flat(), SpanScale([2.0])) as hooks, pytest.raises(ValueError, match="no dimension"):
+        hooks.sites[0].module(x)
+    with attach(Flat()) as hooks:
+        hooks.sites[0].module(x).sum().backward()

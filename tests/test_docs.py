@@ -68,6 +68,6 @@ def public_objects():
                     yield f"{name}.{attribute}", member
 
 
-@pytest.mark.parametrize(("name", "value"), public_objects())
+@pytest.mark.parametrize(("name", "value"), list(public_objects()))
 def test_every_public_name_has_a_docstring_with_an_example(name, value):
     assert ">>> " in (inspect.getdoc(value) or ""), name

@@ -470,6 +470,50 @@ def test_unknown_attributes_are_the_wrapped_optimizers(model):
         optimizer.nonsense  # noqa: B018
 
 
+def test_an_attribute_of_the_wrapped_optimizer_is_set_on_it(model):
+    class Moody(SGD):
+        mood = "calm"
+
+    optimizer = wrap(model, lambda p: Moody(p, 0.1))
+    optimizer.mood = "wild"
+    assert optimizer.optimizer.mood == "wild"
+    optimizer.note = "mine"
+    assert not hasattr(optimizer.optimizer, "note")
+
+
+def test_what_is_no_closure_reaches_the_wrapped_step_as_it_is(model, batch):
+    class Odd(SGD):
+        def step(self, loss=None, *, closure=None):
+            self.got = (loss, closure and closure())
+            super().step()
+
+    optimizer = wrap(model, lambda p: Odd(p, 0.1))
+    loss = loss_of(model(batch), batch)
+    loss.backward()
+    optimizer.step(loss)
+    assert optimizer.optimizer.got == (loss, None)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model(batch), batch)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure=closure)
+    assert optimizer.optimizer.got[1] > 0
+
+
+def test_a_copy_made_beside_a_detached_wrapper_of_the_same_model(model):
+    old = wrap(model)
+    old.detach()
+    new = wrap(model)
+    new_copy, old_copy = copy.deepcopy((new, old))
+    assert "detached" in repr(old_copy)
+    assert "detached" not in repr(new_copy)
+    train(new_copy.model, new_copy)
+    old_copy.load_state_dict(old.state_dict())
+
+
 # What must never go wrong silently.
 
 
@@ -540,6 +584,16 @@ def test_a_skipped_layer_may_be_allowed(batch):
     optimizer = wrap(model, on_missing="warn")
     with pytest.warns(UserWarning, match="'blocks.1.attn'"):
         train(model, optimizer, 2)
+
+
+def test_a_skipped_layer_beside_sparse_gradients_is_found(batch):
+    model = Skipping()
+    model.embed = nn.Embedding(11, 16, sparse=True)
+    model.skip = True
+    optimizer = wrap(model, lambda p: SGD(p, 0.1))
+    loss_of(model(batch), batch).backward()
+    with pytest.raises(UnscaledLayerError):
+        optimizer.step()
 
 
 def test_a_step_without_a_backward_pass_passes(model):

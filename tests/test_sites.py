@@ -80,6 +80,49 @@ class Static(nn.Module):
         return self.attend(x)
 
 
+class Gated(Direct):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.gate(x) * super().forward(x)
+
+
+class GatedByName(Direct):
+    def forward(self, x):
+        return Direct.forward(self, x) * 2
+
+
+class ImportedInside(nn.Module):
+    def forward(self, x):
+        from torch.nn.functional import scaled_dot_product_attention as attend
+
+        return attend(x, x, x)
+
+
+class ByGetattr(nn.Module):
+    def forward(self, x):
+        return getattr(F, "scaled_dot_product_attention")(x, x, x)  # noqa: B009
+
+
+REGISTRY = {"fast": sdpa}
+
+
+class FromRegistry(nn.Module):
+    def forward(self, x):
+        return REGISTRY["fast"](x, x, x)
+
+
+class InstanceAttribute(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attend = sdpa
+
+    def forward(self, x):
+        return self.attend(x, x, x)
+
+
 class PackedFunction(nn.Module):
     def forward(self, x):
         return F.multi_head_attention_forward(x, x, x)
@@ -96,6 +139,12 @@ class PackedFunction(nn.Module):
         Decorated,
         Inherited,
         Static,
+        Gated,
+        GatedByName,
+        ImportedInside,
+        ByGetattr,
+        FromRegistry,
+        InstanceAttribute,
         PackedFunction,
     ],
 )
@@ -123,6 +172,21 @@ def test_what_only_contains_a_layer_or_never_reaches_the_call_is_not_one():
     assert names(nn.Sequential(nn.Linear(2, 2), nn.TransformerEncoderLayer(4, 2).linear1)) == []
 
 
+class Replaces(Direct):
+    """Calls a child's forward by name, not its own base class's."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.child.forward(x)
+
+
+def test_a_class_that_replaces_an_attention_forward_is_not_one():
+    assert names(nn.Sequential(Replaces())) == []
+
+
 def owner(**children):
     module = nn.Module()
     for name, size in children.items():
@@ -148,6 +212,14 @@ def owner(**children):
         ("qkv_proj",),
         ("c_attn",),
         ("query_key_value",),
+        ("queries", "keys", "values"),
+        ("c_q", "c_k", "c_v"),
+        ("q_a_proj", "q_b_proj", "kv_b_proj"),
+        ("attn_qkv",),
+        ("in_proj_qkv",),
+        ("kqv",),
+        ("to_qk", "to_v"),
+        ("query_conv", "key_conv"),
     ],
 )
 def test_a_layer_is_found_by_the_projections_it_owns(children):
