@@ -1,6 +1,9 @@
 """torch.compile, fullgraph, with the hooks on: equal to eager, or an error."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +131,26 @@ def test_code_compiled_before_the_first_attachment_is_compiled_anew():
         hooks.forget()
         assert_close(gradients(model, loss_of(run(batch), batch)), eager)
         assert hooks.unseen() == []
+
+
+FIRST_COMPILED = """
+import torch
+from models import Decoder, loss_of, tokens
+from spanopt import attach
+model, batch = Decoder(layers=1), tokens()
+model.compile(backend="aot_eager", fullgraph=True)
+with attach(model) as hooks:
+    loss_of(model(batch), batch).backward()
+    assert hooks.unseen() == []
+"""
+
+
+def test_the_first_pass_of_a_process_may_be_a_compiled_one():
+    here = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-c", FIRST_COMPILED], cwd=here, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_removal_is_noticed_by_compiled_code():

@@ -91,8 +91,9 @@ class _Thread(threading.local):
         probing: Calls are looked for even where gradients are off.
     """
 
-    busy = False
-    probing = False
+    def __init__(self) -> None:  # once in every thread; Dynamo guards on class attributes badly
+        self.busy = False
+        self.probing = False
 
 
 thread = _Thread()
