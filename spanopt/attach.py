@@ -250,8 +250,9 @@ def attach(
             f"no attention layer found in {type(model).__name__}. Looked for "
             "nn.MultiheadAttention, for code that calls torch.nn.functional."
             "scaled_dot_product_attention, and for modules that own a query and a key projection "
-            "(q_proj and k_proj, to_q and to_kv, qkv, ...). To name Q and K by hand, call "
-            "spanopt.span_node on each of them in the layer's forward"
+            "(q_proj and k_proj, to_q and to_kv, qkv, ...). To name Q and K by hand, write "
+            "q = spanopt.span_node(q, parallel, violation), and the same for k, in the layer's "
+            "forward; the bare optimizer then needs no wrapper"
         )
     resolved = resolve_scales(scales, [site.name for site in sites])
     scaled = [site for site in sites if resolved[site.name] is not None]
@@ -347,7 +348,8 @@ def _uncalled(tap: Tap) -> str:
         f"layer {tap.site.name!r} ({tap.site.class_name}) called no attention that can be scaled, "
         "neither torch.nn.functional.scaled_dot_product_attention nor "
         "multi_head_attention_forward. If it computes attention by hand, scale it with None and "
-        "call spanopt.span_node on Q and K in its forward; if it skips attention on purpose, pass "
+        "write q = spanopt.span_node(q, parallel, violation), and the same for k, in its forward; "
+        "if it skips attention on purpose, pass "
         "on_missing='warn' or 'ignore'"
     )
 

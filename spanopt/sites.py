@@ -188,6 +188,7 @@ def _owns_projections(module: nn.Module) -> bool:
 def _normalised(name: str) -> str:
     """Reduce ``q_proj``, ``to_q``, ``wq``, ``q_proj_weight``, ``Wqkv`` to their letters."""
     words = re.sub(r"_?weights?$", "", name.lower()).split("_")
+    words = [re.sub(r"^to(?=quer|key)", "", word) for word in words]
     if words == ["c", "attn"]:  # GPT-2's fused projection
         return "qkv"
     joined = "".join(word for word in words if word not in _FILLERS)

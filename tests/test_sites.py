@@ -213,6 +213,7 @@ def owner(**children):
         ("c_attn",),
         ("query_key_value",),
         ("queries", "keys", "values"),
+        ("toqueries", "tokeys", "tovalues"),
         ("c_q", "c_k", "c_v"),
         ("q_a_proj", "q_b_proj", "kv_b_proj"),
         ("attn_qkv",),
