@@ -117,7 +117,6 @@ class SpanScaledOptimizer(Optimizer):
             example_inputs=example_inputs,
             parameters=self._parameters(),
         )
-        self._attached = True
         # A wrapper that is dropped, as when a notebook cell runs again, leaves the model clean.
         weakref.finalize(self, self.hooks.remove)
 
@@ -131,6 +130,13 @@ class SpanScaledOptimizer(Optimizer):
         self._marks: dict[int, tuple[Any, int]] = {}
         for hooks in _HOOK_TABLES:
             setattr(self, hooks, OrderedDict())
+
+    def _unhook(self) -> None:
+        self.hooks = SpanHooks([], {}, self._ridge, self._on_missing)
+
+    @property
+    def _attached(self) -> bool:
+        return bool(self.hooks.sites)
 
     param_groups = _passed_on("param_groups")
     state = _passed_on("state")
@@ -361,12 +367,11 @@ class SpanScaledOptimizer(Optimizer):
             True
         """
         self.hooks.remove()
-        self.hooks = SpanHooks([], {}, self._ridge, self._on_missing)
-        self._attached = False
+        self._unhook()
         return self.optimizer
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = name in self.__dict__ or hasattr(type(self), name) or "_attached" not in self.__dict__
+        own = name in self.__dict__ or hasattr(type(self), name) or "hooks" not in self.__dict__
         if own or not hasattr(self.optimizer, name):
             super().__setattr__(name, value)
         else:
@@ -393,8 +398,7 @@ class SpanScaledOptimizer(Optimizer):
             self.__init__(**state)  # type: ignore[misc]
         else:
             self._adopt(state["optimizer"], state["model"], state["ridge"], state["on_missing"])
-            self.hooks = SpanHooks([], {}, state["ridge"], state["on_missing"])
-            self._attached = False
+            self._unhook()
 
     def __repr__(self) -> str:
         state = "" if self._attached else ", detached"

@@ -141,10 +141,10 @@ def rescale(
     numbers = not isinstance(parallel, Tensor) and not isinstance(violation, Tensor)
     if numbers and parallel == violation:
         return grad if parallel == 1 else grad * parallel
-    dtype = _compute_dtype(grad.dtype)
+    dtype = _compute_dtype(torch.promote_types(basis.dtype, grad.dtype))
     a, b = (_per_head(factor, dtype, grad.device) for factor in (parallel, violation))
     projected = _project(basis, grad, ridge, mask, factor=a - b)
-    return torch.addcmul(projected, grad.to(projected.dtype), b).to(grad.dtype)
+    return torch.addcmul(projected, grad.to(dtype), b).to(grad.dtype)
 
 
 def default_ridge(dtype: torch.dtype) -> float:
@@ -208,9 +208,11 @@ def _project(
     if mask is not None:
         real = mask.expand(basis.shape[:-1]).reshape(-1, basis.shape[-2], 1)
         q, g = torch.where(real, q, 0), torch.where(real, g, 0)
+    identity = torch.eye(q.shape[-1], dtype=dtype, device=q.device)
+    identity = identity.expand(q.shape[0], -1, -1).contiguous()
     with _full_precision(basis.device.type):
-        whitened, gram, failed = _whiten(q, ridge)
-        inverse, failed_again = _inverse_factor(gram)
+        whitened, gram, failed = _whiten(q, ridge, identity)
+        inverse, failed_again = _inverse_factor(gram, identity)
         coefficients = inverse @ (inverse.mT @ (whitened.mT @ g))
         failed = (failed + failed_again)[:, None, None] > 0
         coefficients = torch.where(failed, torch.nan, coefficients)
@@ -227,7 +229,7 @@ def _full_precision(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _whiten(q: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+def _whiten(q: Tensor, ridge: float, identity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return A = Q T with near-orthonormal columns, A^T A + rho T^T T, and where it failed.
 
     T is the inverse of a Cholesky factor of the shifted Gram matrix. Whatever T is,
@@ -238,17 +240,14 @@ def _whiten(q: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     trace = trace.masked_fill(trace == 0, 1)  # any scale will do for a zero basis
     # Large enough against the rounding errors of the Gram matrix for the factor to exist.
     shift = max(8 * _matmul_eps(gram.dtype), ridge)
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    inverse, failed = _inverse_factor(gram + shift * trace * identity)
+    inverse, failed = _inverse_factor(gram + shift * trace * identity, identity)
     whitened = q @ inverse
     return whitened, whitened.mT @ whitened + (inverse * (ridge * trace)).mT @ inverse, failed
 
 
-def _inverse_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _inverse_factor(matrix: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:
     """Return T = L^{-T}, so that T T^T inverts matrix = L L^T, and above 0 where there is none."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    identity = identity.expand_as(matrix).contiguous()
     # Solving T L^T = I, both in column-major order, is twice as fast as L T^T = I on a CPU.
     return torch.linalg.solve_triangular(factor.mT, identity.mT, upper=True, left=False), failed
 
