@@ -6,6 +6,7 @@ from spanopt.optimizer import SpanScaledOptimizer
 from spanopt.projection import decompose, project, rescale
 from spanopt.scale import SpanGroup, SpanScale
 from spanopt.sites import AttentionSite, find_attention
+from spanopt.tokens import token_mask
 
 __all__ = [
     "AttentionSite",
@@ -20,5 +21,6 @@ __all__ = [
     "project",
     "rescale",
     "span_node",
+    "token_mask",
 ]
 __version__ = "0.1.0"

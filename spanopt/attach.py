@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from spanopt.projection import check_ridge
 from spanopt.scale import ScaleLike, SpanGroup, SpanScale, resolve_scales
-from spanopt.sites import AttentionSite, find_attention
+from spanopt.sites import AttentionSite, find_attention, is_inside, named_modules, unwrap
 from spanopt.taps import HANDLERS
+from spanopt.taps.projection import Projection, ProjectionTap, projections_of
 from spanopt.taps.tap import Tap, remove_stale, thread
 
 __all__ = ["SpanHooks", "UnscaledLayerError", "attach"]
@@ -70,41 +72,50 @@ class SpanHooks:
         scales: Mapping[str, SpanScale | None],
         ridge: float | None,
         on_missing: str,
+        root: nn.Module | None = None,
+        projections: Mapping[str, list[Projection]] | None = None,
     ) -> None:
         self.sites = list(sites)
         self.groups: list[SpanGroup] = []
         self._taps: list[Tap] = []
+        self._shields: list[Tap] = []
         self._handles: list[Any] = []
         self._modules: list[nn.Module] = []
         self._on_missing = on_missing
-        self._shields: list[Tap] = []
         scaled = [site.module for site in sites if scales[site.name] is not None]
         for site in sites:
             scale = scales[site.name]
             if scale is not None:
-                tap = Tap(site, scale, ridge, HANDLERS)
+                tap: Tap
+                if projections and site.name in projections:
+                    tap = ProjectionTap(site, scale, ridge, projections[site.name])
+                else:
+                    tap = Tap(site, scale, ridge, HANDLERS)
                 self._taps.append(tap)
                 self.groups.append(SpanGroup(site.name, scale, tap.set_scale))
             elif any(_contains(outer, site.module) for outer in scaled):
                 # Left alone, inside a layer that is scaled: a tap that does nothing shields it.
                 self._shields.append(Tap(site, SpanScale(1.0, 1.0), ridge, HANDLERS))
         self._groups = list(self.groups)
-        for tap in self._taps:
-            self._install(tap, strict=on_missing == "error")
-        for tap in self._shields:
-            self._install(tap, strict=False)
+        for tap in (*self._taps, *self._shields):
+            self._install(tap)
+        if root is not None and on_missing == "error":
+            _drop_inert(root)
+            self._handles.append(root.register_forward_hook(_CheckCalled(self._taps)))
 
-    def _install(self, tap: Tap, strict: bool) -> None:
+    def _install(self, tap: Tap) -> None:
         module = tap.site.module
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook is _inert]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        _drop_inert(module)
         # Prepended, and the forward hook is called always: an exception leaves no mode entered.
         self._handles += [
-            module.register_forward_pre_hook(_Enter(tap), prepend=True),
-            module.register_forward_hook(_Leave(tap, strict), always_call=True),
+            module.register_forward_pre_hook(_Enter(tap), prepend=True, with_kwargs=True),
+            module.register_forward_hook(_Leave(tap), always_call=True),
         ]
+        if isinstance(tap, ProjectionTap):
+            for projection in tap.projections:
+                _drop_inert(projection.module)
+                hook = _Output(tap, projection)
+                self._handles.append(projection.module.register_forward_hook(hook))
         self._modules.append(module)
         _claimed.add(module)
 
@@ -127,7 +138,8 @@ class SpanHooks:
                 "an entry of span_groups was replaced, added or removed, which scales nothing: "
                 "set the fields of the entries that are there"
             )
-        return [tap.site.name for tap in self._taps if not tap.seen]
+        taps = [tap for tap in self._taps if tap.site.certain or tap.called]
+        return [tap.site.name for tap in taps if not tap.seen]
 
     def forget(self) -> None:
         """Forget which layers were seen, as after an optimizer step.
@@ -156,10 +168,11 @@ class SpanHooks:
         missing = self.unseen()
         if not missing or self._on_missing == "ignore":
             return
+        scaled = [tap for tap in self._taps if tap.seen]
         message = (
             f"not scaled since the last step: layer{'s' if len(missing) > 1 else ''} "
-            f"{', '.join(map(repr, missing))}. Q and K were not seen in a forward pass with "
-            "gradients. If a layer was skipped or is frozen on purpose, pass "
+            f"{', '.join(map(repr, missing))} (scaled: {_listed(scaled)}). Q and K were not seen in "
+            "a forward pass with gradients. If a layer was skipped or is frozen on purpose, pass "
             "on_missing='warn' or 'ignore', or scale it with None; if its forward was called "
             "directly, call the module instead"
         )
@@ -201,6 +214,7 @@ def attach(
     *,
     ridge: float | None = None,
     on_missing: str = "error",
+    projections: Mapping[str, Mapping[str, Any]] | None = None,
     example_inputs: Any = None,
     parameters: Iterable[Tensor] | None = None,
 ) -> SpanHooks:
@@ -219,6 +233,10 @@ def attach(
         ridge: As in :func:`~spanopt.project`.
         on_missing: What to do about a layer that was asked for and turns out not to be scaled:
             ``"error"``, ``"warn"`` or ``"ignore"``.
+        projections: Where Q and K are in layers whose attention can't be seen, such as one in a
+            kernel of its own, by layer name or pattern:
+            ``{"blocks.0.attn": {"query": "wq", "key": "wk", "num_heads": 8}}``. See
+            :func:`~spanopt.taps.projection.projections_of` for fused outputs.
         example_inputs: Inputs for one forward pass that checks now what only a forward pass can
             tell: a tuple of positional arguments, a dict of keyword arguments, or one argument.
             Random state and the values of buffers are restored after it.
@@ -244,22 +262,23 @@ def attach(
     if on_missing not in _ON_MISSING:
         raise ValueError(f"on_missing must be one of {_ON_MISSING}, got {on_missing!r}")
     check_ridge(ridge)
-    sites = find_attention(model)
+    sites, projected = _project_sites(model, find_attention(model), projections or {})
     if not sites:
         raise ValueError(
             f"no attention layer found in {type(model).__name__}. Looked for "
             "nn.MultiheadAttention, for code that calls torch.nn.functional."
-            "scaled_dot_product_attention, and for modules that own a query and a key projection "
-            "(q_proj and k_proj, to_q and to_kv, qkv, ...). To name Q and K by hand, write "
-            "q = spanopt.span_node(q, parallel, violation), and the same for k, in the layer's "
-            "forward; the bare optimizer then needs no wrapper"
+            "scaled_dot_product_attention or multiplies matrices and takes a softmax, and for "
+            f"modules that own a query and a key projection (q_proj and k_proj, to_q and to_kv, "
+            f"qkv, ...). {_BY_HAND}"
         )
     resolved = resolve_scales(scales, [site.name for site in sites])
+    for site in sites:  # a layer that is asked for by name is attention
+        site.certain = site.certain or (isinstance(scales, Mapping) and site.name in scales)
     scaled = [site for site in sites if resolved[site.name] is not None]
     _check_unclaimed(scaled)
     if parameters is not None:
-        _check_trained(scaled, parameters)
-    hooks = SpanHooks(sites, resolved, ridge, on_missing)
+        _check_trained([site for site in scaled if site.certain], parameters)
+    hooks = SpanHooks(sites, resolved, ridge, on_missing, unwrap(model), projected)
     _let_compiled_code_notice_hooks()
     if example_inputs is not None:
         try:
@@ -298,7 +317,8 @@ def table(hooks: SpanHooks) -> str:
             scale = groups[site.name].scale
             scales = [", ".join(map(str, scale.side(side))) for side in ("query", "key")]
         head_dim = "?" if site.head_dim is None else str(site.head_dim)
-        rows.append((site.name or '""', site.class_name, site.tap, heads, head_dim, *scales))
+        tap = site.tap or "?"
+        rows.append((site.name or '""', site.class_name, tap, heads, head_dim, *scales))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -317,41 +337,120 @@ class _Hook:
 
 
 class _Enter(_Hook):
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled() or thread.probing:
             if _is_exporting():
                 raise RuntimeError(
                     f"layer {self.tap.site.name!r} is hooked by spanopt, which an exported program "
                     "would silently lose: detach() the optimizer or remove() the hooks first"
                 )
-            self.tap.enter()
+            self.tap.enter((args, kwargs))
 
 
 class _Leave(_Hook):
-    def __init__(self, tap: Tap, strict: bool) -> None:
-        super().__init__(tap)
-        self.strict = strict
-
     def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
         # Eagerly whatever the grad mode is by now, and whether or not the tap was entered: another
         # pre-hook, put before ours, may have raised an exception.
-        enabled = torch.is_grad_enabled() or thread.probing
-        if enabled or not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or thread.probing or not torch.compiler.is_compiling():
             self.tap.leave()
-        # There is no result when the forward pass raised an exception of its own.
-        if self.strict and enabled and not self.tap.called and result is not None:
-            raise UnscaledLayerError(_uncalled(self.tap))
 
 
-def _uncalled(tap: Tap) -> str:
-    return (
-        f"layer {tap.site.name!r} ({tap.site.class_name}) called no attention that can be scaled, "
+class _Output(_Hook):
+    """On a projection of a layer with the projection tap."""
+
+    def __init__(self, tap: ProjectionTap, projection: Projection) -> None:
+        super().__init__(tap)
+        self.projection = projection
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
+        assert isinstance(self.tap, ProjectionTap)
+        return self.tap.on_output(self.projection, result)
+
+
+class _CheckCalled:
+    """On the whole model: complains at once of all layers that have run without attention."""
+
+    def __init__(self, taps: Sequence[Tap]) -> None:
+        self.taps = taps
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
+        if torch.is_grad_enabled() or thread.probing:
+            _check_called(self.taps)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_hook, ()
+
+
+_BY_HAND = (
+    "To say where Q and K are, pass projections={layer: {'query': ..., 'key': ..., 'num_heads': "
+    "...}} with the names of the modules whose outputs they are; or write "
+    "q = spanopt.span_node(q, parallel, violation), and the same for k, in the layer's forward, "
+    "which then needs no scale here"
+)
+
+
+def _check_called(taps: Sequence[Tap], only_entered: bool = True) -> None:
+    missing = [
+        tap
+        for tap in taps
+        if not tap.called and tap.site.certain and (tap.entered or not only_entered)
+    ]
+    if not missing:
+        return
+    scaled = [tap for tap in taps if tap.called]
+    raise UnscaledLayerError(
+        f"not scaled: layer{'s' if len(missing) > 1 else ''} {_listed(missing)}; scaled: "
+        f"{_listed(scaled)}. A layer that is not scaled called no attention that can be seen: "
         "neither torch.nn.functional.scaled_dot_product_attention nor "
-        "multi_head_attention_forward. If it computes attention by hand, scale it with None and "
-        "write q = spanopt.span_node(q, parallel, violation), and the same for k, in its forward; "
-        "if it skips attention on purpose, pass "
-        "on_missing='warn' or 'ignore'"
+        "multi_head_attention_forward, nor a product of Q and K that a softmax is taken of. "
+        "flex_attention and other kernels can't be seen into. "
+        f"{_BY_HAND}. If a layer is to be left alone, give it the scale None; if it skips "
+        "attention on purpose, pass on_missing='warn' or 'ignore'"
     )
+
+
+def _listed(taps: Sequence[Tap]) -> str:
+    return ", ".join(f"{tap.site.name!r} ({tap.site.class_name})" for tap in taps) or "none"
+
+
+def _drop_inert(module: nn.Module) -> None:
+    """Drop what is left of hooks in a copy of a model."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook is _inert]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _project_sites(
+    model: nn.Module,
+    sites: list[AttentionSite],
+    projections: Mapping[str, Mapping[str, Any]],
+) -> tuple[list[AttentionSite], dict[str, list[Projection]]]:
+    """Return the sites with those that the user says where Q and K are in, and where."""
+    if not isinstance(projections, Mapping):
+        raise TypeError(
+            "projections must be a dict from layer names or patterns to dicts such as "
+            f'{{"query": "wq", "key": "wk", "num_heads": 8}}, got {type(projections).__name__}'
+        )
+    modules = dict(named_modules(model))
+    projected: dict[str, list[Projection]] = {}
+    for pattern, spec in projections.items():
+        matched = [pattern] if pattern in modules else fnmatch.filter(modules, pattern)
+        if not matched:
+            raise ValueError(
+                f"projections: {pattern!r} matches no module of {type(model).__name__}; attention "
+                f"layers are {[site.name for site in sites]}"
+            )
+        for name in matched:
+            if name in projected:
+                raise ValueError(f"projections: layer {name!r} is matched more than once")
+            projected[name] = projections_of(name, modules[name], spec)
+    by_name = {site.name: site for site in sites}
+    for name in projected:
+        by_name = {other: site for other, site in by_name.items() if not is_inside(other, name)}
+        by_name[name] = AttentionSite(name, modules[name], "projection")
+    return [by_name[name] for name in modules if name in by_name], projected
 
 
 def _is_exporting() -> bool:
@@ -412,9 +511,8 @@ def _probe(model: nn.Module, hooks: SpanHooks, inputs: Any) -> None:
         thread.probing = True
         with torch.random.fork_rng(), torch.enable_grad():
             model(*args, **kwargs)
-        for tap in hooks._taps:
-            if not tap.called and hooks._on_missing == "error":
-                raise UnscaledLayerError(_uncalled(tap))
+        if hooks._on_missing == "error":
+            _check_called(hooks._taps, only_entered=False)
     finally:
         thread.probing = False
         hooks.forget()

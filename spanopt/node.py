@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spanopt.projection import rescale
+from spanopt.projection import rescale, rescale_by_document
 
-__all__ = ["span_node", "uniform_node"]
+__all__ = ["rescale_tokens", "span_node", "switch_on", "switched_node", "uniform_node"]
 
 
 def span_node(
@@ -19,6 +19,7 @@ def span_node(
     *,
     ridge: float | None = None,
     mask: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """Return a view of ``x`` whose gradient is rescaled by span on its way back.
 
@@ -33,6 +34,8 @@ def span_node(
         violation: Factor of the violation, likewise.
         ridge: As in :func:`spanopt.project`.
         mask: As in :func:`spanopt.project`.
+        documents: One span for each of several documents in a sequence, in place of ``mask``: as in
+            :func:`spanopt.projection.rescale_by_document`.
 
     Returns:
         A view of ``x``.
@@ -45,7 +48,7 @@ def span_node(
         >>> q.grad.round(decimals=4).squeeze(-1)
         tensor([5., 3., 5.])
     """
-    return _SpanNode.apply(x, parallel, violation, mask, ridge)
+    return _SpanNode.apply(x, parallel, violation, mask, documents, ridge)
 
 
 def uniform_node(x: Tensor, factor: Tensor) -> Tensor:
@@ -70,31 +73,195 @@ def uniform_node(x: Tensor, factor: Tensor) -> Tensor:
     return _UniformNode.apply(x, factor)
 
 
+def switched_node(
+    x: Tensor,
+    query: tuple[Tensor, Tensor],
+    key: tuple[Tensor, Tensor],
+    *,
+    project: bool = True,
+    ridge: float | None = None,
+    mask: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a view of ``x``, which may turn out to be Q, K or neither.
+
+    Like :func:`span_node`, but the gradient passes unchanged unless :func:`switch_on` is called
+    with the two other tensors that this returns. They carry no value: it is their gradient that
+    tells the node, on the way back, what ``x`` was. A flag in Python would do as much in eager
+    code, but ``torch.compile`` traces a node's backward at the node, before it can be set.
+
+    Args:
+        x: Shape ``(B, ..., N, d)`` or ``(N, d)``.
+        query: ``(parallel, violation)`` that hold if ``x`` is Q, of shape ``()`` or ``(H,)``. Where
+            both are 1 the gradient is multiplied by 1 and not left alone.
+        key: Likewise, if it is K.
+        project: Whether any of the factors differ; otherwise nothing is projected.
+        ridge: As in :func:`spanopt.project`.
+        mask: As in :func:`spanopt.project`, if known by now.
+        documents: As in :func:`span_node`.
+
+    Returns:
+        The view, and the two tensors for :func:`switch_on`.
+
+    Example:
+        >>> import torch
+        >>> q = torch.ones(2, 1, requires_grad=True)
+        >>> twice, once = (torch.tensor(2.0),) * 2, (torch.tensor(1.0),) * 2
+        >>> y, switch, real = switched_node(q, twice, once)
+        >>> switch_on(y * 3, switch, real, side="query").sum().backward()
+        >>> q.grad.flatten()
+        tensor([6., 6.])
+    """
+    return _SwitchedNode.apply(x, *query, *key, mask, documents, project, ridge)
+
+
+def switch_on(
+    x: Tensor, switch: Tensor, real: Tensor, *, side: str, mask: Tensor | None = None
+) -> Tensor:
+    """Return a view of ``x`` whose backward turns a :func:`switched_node` on.
+
+    Args:
+        x: A tensor computed from the node's.
+        switch: From :func:`switched_node`.
+        real: Likewise.
+        side: What the node's tensor turned out to be: ``"query"`` or ``"key"``.
+        mask: Boolean, broadcastable to ``(B, N)``, true at real tokens, if it was not known before.
+
+    Returns:
+        A view of ``x``.
+
+    Example:
+        See :func:`switched_node`.
+    """
+    return _SwitchOn.apply(x, switch, real, mask, 1.0 if side == "query" else -1.0)
+
+
+def rescale_tokens(
+    grad: Tensor,
+    x: Tensor,
+    parallel: Tensor,
+    violation: Tensor,
+    ridge: float | None,
+    mask: Tensor | None,
+    documents: Tensor | None,
+) -> Tensor:
+    """Rescale a gradient by the span of a sequence's real tokens, or of each of its documents.
+
+    Args:
+        grad: As in :func:`spanopt.rescale`.
+        x: Q or K.
+        parallel: As in :func:`spanopt.rescale`.
+        violation: Likewise.
+        ridge: Likewise.
+        mask: Likewise.
+        documents: As in :func:`spanopt.projection.rescale_by_document`, in place of ``mask``.
+
+    Returns:
+        The rescaled gradient.
+
+    Example:
+        >>> import torch
+        >>> one = torch.tensor(1.0)
+        >>> g, q = torch.tensor([[3.0], [1.0], [5.0]]), torch.tensor([[1.0], [1.0], [0.0]])
+        >>> rescale_tokens(g, q, 2 * one, one, None, None, None).round(decimals=4).squeeze(-1)
+        tensor([5., 3., 5.])
+    """
+    if documents is None:
+        return rescale(grad, x, parallel=parallel, violation=violation, ridge=ridge, mask=mask)
+    return rescale_by_document(
+        grad, x, documents, parallel=parallel, violation=violation, ridge=ridge
+    )
+
+
 # The scales are attributes of ctx: saved for backward, a later change would be a version error.
 class _SpanNode(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, parallel: Tensor, violation: Tensor, mask: Tensor | None, ridge: float | None
+        x: Tensor,
+        parallel: Tensor,
+        violation: Tensor,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        ridge: float | None,
     ) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.parallel, ctx.violation, mask, ctx.ridge = inputs
-        ctx.save_for_backward(x, mask)
+        x, ctx.parallel, ctx.violation, mask, documents, ctx.ridge = inputs
+        ctx.save_for_backward(x, mask, documents)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask = ctx.saved_tensors
-        scaled = rescale(
-            grad,
-            x,
-            parallel=ctx.parallel,
-            violation=ctx.violation,
-            ridge=ctx.ridge,
-            mask=mask,
+        x, mask, documents = ctx.saved_tensors
+        scaled = rescale_tokens(grad, x, ctx.parallel, ctx.violation, ctx.ridge, mask, documents)
+        return scaled, None, None, None, None, None
+
+
+class _SwitchedNode(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        batch = x.shape[0] if x.ndim > 2 else 1
+        return x.view_as(x), x.new_zeros(()), x.new_zeros(batch, x.shape[-2])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, *ctx.factors, mask, documents, ctx.project, ctx.ridge = inputs
+        ctx.save_for_backward(x, mask, documents)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor | None, switch: Tensor | None, real: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        rest = (None,) * 8
+        if grad is None or switch is None:
+            return grad, *rest
+        x, mask, documents = ctx.saved_tensors
+        shape = x.shape
+        if grad.ndim > 4:  # (B, H, N, d): grouped heads are heads
+            x, grad = x.flatten(1, -3), grad.flatten(1, -3)
+        if real is not None:
+            told = (real if x.ndim > 2 else real[0]) > 0
+            told = told[(slice(None), *(None,) * (x.ndim - 3))] if x.ndim > 3 else told
+            mask = told if mask is None else mask & told
+        heads = x.shape[-3] if x.ndim > 2 else 0
+        query_parallel, query_violation, key_parallel, key_violation = (
+            # A number of values that is not that of the heads is the other side's.
+            factor if factor.ndim == 0 or factor.shape[0] == heads else factor[0]
+            for factor in ctx.factors
         )
-        return scaled, None, None, None, None
+        is_query = switch > 0
+        parallel = torch.where(is_query, query_parallel, key_parallel)
+        violation = torch.where(is_query, query_violation, key_violation)
+        if ctx.project:
+            scaled = rescale_tokens(grad, x, parallel, violation, ctx.ridge, mask, documents)
+        else:
+            scaled = _multiplied(grad, parallel)
+        return torch.where(switch == 0, grad, scaled).reshape(shape), *rest
+
+
+class _SwitchOn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, switch: Tensor, real: Tensor, mask: Tensor | None, sign: float
+    ) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.switch, real, ctx.mask, ctx.sign = inputs
+        ctx.shape = real.shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        switch = torch.full_like(ctx.switch, ctx.sign)
+        real = None
+        if ctx.mask is not None:
+            real = ctx.mask.to(switch.dtype).expand(ctx.shape)
+        elif torch.compiler.is_compiling():  # which would take no gradient for zeros
+            real = switch.new_ones(ctx.shape)
+        return grad, switch, real, None, None
 
 
 class _UniformNode(torch.autograd.Function):
@@ -108,5 +275,9 @@ class _UniformNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        factor = ctx.factor[..., None, None].to(grad.device) if ctx.factor.ndim else ctx.factor
-        return (grad * factor).to(grad.dtype), None
+        return _multiplied(grad, ctx.factor), None
+
+
+def _multiplied(grad: Tensor, factor: Tensor) -> Tensor:
+    factor = factor[..., None, None].to(grad.device) if factor.ndim else factor
+    return (grad * factor).to(grad.dtype)

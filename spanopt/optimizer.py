@@ -62,6 +62,8 @@ class SpanScaledOptimizer(Optimizer):
         ridge: As in :func:`~spanopt.project`.
         on_missing: What to do when a backward pass has run since the last step in which a layer
             that was asked for was not scaled: ``"error"``, ``"warn"`` or ``"ignore"``.
+        projections: Where Q and K are in layers whose attention can't be seen: see
+            :func:`~spanopt.attach`.
         example_inputs: Inputs for a forward pass that checks, before anything is trained, what
             only a forward pass can tell: see :func:`~spanopt.attach`.
 
@@ -99,6 +101,7 @@ class SpanScaledOptimizer(Optimizer):
         *,
         ridge: float | None = None,
         on_missing: str = "error",
+        projections: Mapping[str, Mapping[str, Any]] | None = None,
         example_inputs: Any = None,
     ) -> None:
         # Optimizer.__init__ would make parameter groups and a state of our own.
@@ -108,12 +111,13 @@ class SpanScaledOptimizer(Optimizer):
                 f"the optimizer must have the interface of torch.optim.Optimizer, got "
                 f"{type(optimizer).__name__} without {', '.join(missing)}"
             )
-        self._adopt(optimizer, model, ridge, on_missing)
+        self._adopt(optimizer, model, ridge, on_missing, projections)
         self.hooks: SpanHooks = attach(
             model,
             scales,
             ridge=ridge,
             on_missing=on_missing,
+            projections=projections,
             example_inputs=example_inputs,
             parameters=self._parameters(),
         )
@@ -121,12 +125,18 @@ class SpanScaledOptimizer(Optimizer):
         weakref.finalize(self, self.hooks.remove)
 
     def _adopt(
-        self, optimizer: Optimizer, model: nn.Module, ridge: float | None, on_missing: str
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        ridge: float | None,
+        on_missing: str,
+        projections: Mapping[str, Mapping[str, Any]] | None,
     ) -> None:
         self.optimizer = optimizer
         self.model = model
         self._ridge = ridge
         self._on_missing = on_missing
+        self._projections = projections
         self._marks: dict[int, tuple[Any, int]] = {}
         for hooks in _HOOK_TABLES:
             setattr(self, hooks, OrderedDict())
@@ -389,6 +399,7 @@ class SpanScaledOptimizer(Optimizer):
             "scales": {group["name"]: group.scale for group in self.span_groups},
             "ridge": self._ridge,
             "on_missing": self._on_missing,
+            "projections": self._projections,
             "attached": self._attached,
         }
 
@@ -397,7 +408,8 @@ class SpanScaledOptimizer(Optimizer):
         if attached:
             self.__init__(**state)  # type: ignore[misc]
         else:
-            self._adopt(state["optimizer"], state["model"], state["ridge"], state["on_missing"])
+            del state["scales"]
+            self._adopt(**state)
             self._unhook()
 
     def __repr__(self) -> str:

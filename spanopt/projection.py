@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["decompose", "default_ridge", "project", "rescale"]
+__all__ = ["decompose", "default_ridge", "project", "rescale", "rescale_by_document"]
 
 
 def project(
@@ -145,6 +145,63 @@ def rescale(
     a, b = (_per_head(factor, dtype, grad.device) for factor in (parallel, violation))
     projected = _project(basis, grad, ridge, mask, factor=a - b)
     return torch.addcmul(projected, grad.to(dtype), b).to(grad.dtype)
+
+
+def rescale_by_document(
+    grad: Tensor,
+    basis: Tensor,
+    index: Tensor,
+    *,
+    parallel: float | Tensor,
+    violation: float | Tensor,
+    ridge: float | None = None,
+) -> Tensor:
+    """Rescale a gradient where several documents are packed into a sequence, each with its span.
+
+    Args:
+        grad: Gradient of the basis, shape ``(B, ..., N, d)``.
+        basis: Q or K, shape ``(B, ..., N, d)``.
+        index: Integers, shape ``(T, L)``: the positions of the tokens of T documents among the
+            ``B * N`` of the batch, each row filled up with ``B * N``.
+        parallel: As in :func:`rescale`.
+        violation: As in :func:`rescale`. Tokens of no document are multiplied by it.
+        ridge: As in :func:`project`.
+
+    Returns:
+        The rescaled gradient, with the shape and dtype of ``grad``.
+
+    Raises:
+        TypeError: As in :func:`project`.
+        ValueError: As in :func:`rescale`.
+
+    Example:
+        >>> import torch
+        >>> q, g = torch.ones(1, 4, 1), torch.tensor([[[1.0], [3.0], [5.0], [6.0]]])
+        >>> documents = torch.tensor([[0, 1], [2, 4]])  # of 2 and of 1 tokens, then padding
+        >>> rescale_by_document(g, q, documents, parallel=2.0, violation=1.0).round().flatten()
+        tensor([ 3.,  5., 10.,  6.])
+    """
+    _check(basis, grad, ridge, None)
+    _check_factors(grad, parallel, violation)
+    batch, length = grad.shape[0], grad.shape[-2]
+
+    def by_token(x: Tensor) -> Tensor:  # (B * N + 1, ..., d), the last row for what is filled up
+        rows = x.movedim(-2, 1).flatten(0, 1)
+        return torch.cat([rows, torch.zeros_like(rows[:1])])
+
+    real = index < batch * length
+    scaled = rescale(
+        by_token(grad)[index].movedim(1, -2),
+        by_token(basis.detach())[index].movedim(1, -2),
+        parallel=parallel,
+        violation=violation,
+        ridge=ridge,
+        mask=real.reshape(len(index), *(1,) * (grad.ndim - 3), -1),
+    )
+    b = _per_head(violation, _compute_dtype(grad.dtype), grad.device)
+    tokens = by_token((grad * b).to(grad.dtype))
+    tokens = tokens.index_copy(0, index.flatten(), scaled.movedim(-2, 1).flatten(0, 1))
+    return tokens[:-1].unflatten(0, (batch, length)).movedim(1, -2)
 
 
 def default_ridge(dtype: torch.dtype) -> float:

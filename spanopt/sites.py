@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 
-__all__ = ["AttentionSite", "find_attention", "unwrap"]
+__all__ = ["AttentionSite", "find_attention", "is_inside", "named_modules", "unwrap"]
 
 _ATTENTION_CALLS = (scaled_dot_product_attention, multi_head_attention_forward)
 _ATTENTION_NAMES = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+_PRODUCT_NAMES = {"matmul", "bmm", "baddbmm", "einsum"}
 # fmt: off
 _FILLERS = {
     "proj", "projection", "lin", "linear", "layer", "to", "w", "c", "fc", "net", "dense", "conv",
@@ -34,11 +36,17 @@ class AttentionSite:
     Attributes:
         name: Its qualified name in the model; ``""`` is the model itself.
         module: The layer.
-        tap: How Q and K are reached: ``"packed"`` (``nn.MultiheadAttention``) or ``"score"`` (a
-            call of ``scaled_dot_product_attention``).
+        tap: How Q and K are reached: ``"packed"`` (``nn.MultiheadAttention``), ``"score"`` (a call of
+            ``scaled_dot_product_attention``), ``"softmax"`` (attention written out by hand) or
+            ``"projection"`` (the outputs of modules that the user names); ``None`` where only the
+            first forward pass tells.
+        certain: Whether it is attention beyond doubt. A layer found only because its code multiplies
+            matrices and takes a softmax is left out again when the first forward pass shows none.
         heads: Number of query heads; ``None`` until the first forward pass tells.
         kv_heads: Number of key heads, likewise.
         head_dim: Size d of a head, likewise.
+        query_length: Number of queries N in the last forward pass, likewise.
+        key_length: Number of keys M, likewise.
 
     Example:
         >>> from torch import nn
@@ -49,10 +57,13 @@ class AttentionSite:
 
     name: str
     module: nn.Module
-    tap: str
+    tap: str | None
+    certain: bool = True
     heads: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
+    query_length: int | None = None
+    key_length: int | None = None
 
     @property
     def class_name(self) -> str:
@@ -71,16 +82,19 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
 
     A module is an attention layer when one of these holds:
 
-    1. it is an ``nn.MultiheadAttention`` (tap ``packed``);
+    1. it is an ``nn.MultiheadAttention``;
     2. its own code calls ``scaled_dot_product_attention``: its ``forward``, the methods of its
-       class and the plain functions that these call, but not its submodules (tap ``score``);
+       class, and the plain functions and registries of functions that these refer to, but not its
+       submodules;
     3. it owns a query and a key projection by name (``q_proj`` and ``k_proj``, ``to_q`` and
-       ``to_kv``, ``query`` and ``key``, ``wq`` and ``wk``, a fused ``qkv`` or ``c_attn``, ...; tap
-       ``score``). Such a layer may turn out to call no attention that can be seen, which is then
-       an error at its first forward pass rather than a silent omission.
+       ``to_kv``, ``query`` and ``key``, ``wq`` and ``wk``, a fused ``qkv`` or ``c_attn``, ...).
+       Such a layer may turn out to call no attention that can be seen, which is then an error at
+       its first forward pass rather than a silent omission;
+    4. its own code multiplies matrices and takes a softmax, and it owns at least two modules with
+       parameters: not ``certain`` before the first forward pass.
 
-    A layer of the third kind that contains another with parameters of its own only wraps it, and
-    is left out; a layer without parameters inside one of the third kind is a part of that one.
+    A layer of the third or fourth kind that contains another with parameters of its own only wraps
+    it, and is left out; a layer without parameters inside one of the third kind is a part of it.
     A module that is used twice appears once. ``torch.compile`` and data-parallel wrappers are
     looked through, and the names are those without them.
 
@@ -100,18 +114,46 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
-    calls: dict[type, bool] = {}
+    traits: dict[type, frozenset[str]] = {}
     found: dict[str, tuple[nn.Module, str]] = {}
-    for name, module in unwrap(model).named_modules():
-        kind = _kind(module, calls)
+    for name, module in named_modules(model):
+        kind = _kind(module, traits)
         if kind is not None:
-            found[name.replace("_orig_mod.", "").removesuffix("._orig_mod")] = (module, kind)
+            found[name] = (module, kind)
     return [
-        _site(name, module)
+        _site(name, module, kind, traits)
         for name, (module, kind) in found.items()
         if not _is_part_of_another(name, module, found)
-        and not (kind == "projections" and _only_wraps_another(name, found))
+        and not (kind in ("projections", "product") and _only_wraps_another(name, kind, found))
     ]
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model with their names, which are those without wrappers.
+
+    Args:
+        model: A module, wrapped or not.
+
+    Returns:
+        Pairs as of ``model.named_modules()``; a name may come twice, the module that runs last.
+
+    Example:
+        >>> import torch
+        >>> [name for name, _ in named_modules(nn.Sequential(torch.compile(nn.Linear(2, 2))))]
+        ['', '0', '0']
+    """
+    for name, module in unwrap(model).named_modules():
+        yield name.replace("_orig_mod.", "").removesuffix("._orig_mod"), module
+
+
+def is_inside(name: str, outer: str) -> bool:
+    """Return whether a qualified name is that of a module inside another.
+
+    Example:
+        >>> is_inside("blocks.0.attn", "blocks.0"), is_inside("blocks.0", "blocks.0")
+        (True, False)
+    """
+    return name != outer and (outer == "" or name.startswith(f"{outer}."))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -138,26 +180,38 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _kind(module: nn.Module, calls: dict[type, bool]) -> str | None:
+def _kind(module: nn.Module, traits: dict[type, frozenset[str]]) -> str | None:
     if isinstance(module, nn.MultiheadAttention):
         return "packed"
     cls = type(module)
-    if cls not in calls:
-        calls[cls] = cls.__module__.partition(".")[0] != "torch" and _calls_attention(cls)
-    if calls[cls] or any(_is_attention(value) for value in vars(module).values()):
-        return "score"
-    return "projections" if _owns_projections(module) else None
+    if cls not in traits:
+        own = cls.__module__.partition(".")[0] != "torch"
+        traits[cls] = _traits(cls) if own else frozenset()
+    if "call" in traits[cls] or any(_is_attention(value) for value in vars(module).values()):
+        return "call"
+    if _owns_projections(module):
+        return "projections"
+    return "product" if _multiplies_by_hand(module, traits[cls]) else None
 
 
-def _site(name: str, module: nn.Module) -> AttentionSite:
+def _multiplies_by_hand(module: nn.Module, traits: frozenset[str]) -> bool:
+    children = list(module.children())
+    softmax = "softmax" in traits or any(isinstance(child, nn.Softmax) for child in children)
+    owners = [child for child in children if next(child.parameters(), None) is not None]
+    return "product" in traits and softmax and len(owners) + len(module._parameters) > 1
+
+
+def _site(
+    name: str, module: nn.Module, kind: str, traits: dict[type, frozenset[str]]
+) -> AttentionSite:
     if isinstance(module, nn.MultiheadAttention):
-        heads = module.num_heads
-        return AttentionSite(name, module, "packed", heads, heads, module.head_dim)
-    return AttentionSite(name, module, "score")
-
-
-def _inside(name: str, outer: str) -> bool:
-    return name != outer and (outer == "" or name.startswith(f"{outer}."))
+        heads, head_dim = module.num_heads, module.head_dim
+        return AttentionSite(name, module, "packed", heads=heads, kv_heads=heads, head_dim=head_dim)
+    by_hand = _multiplies_by_hand(module, traits[type(module)])
+    tap = "softmax" if by_hand else None
+    if kind == "call":
+        tap = None if by_hand else "score"
+    return AttentionSite(name, module, tap, certain=kind != "product")
 
 
 def _is_part_of_another(
@@ -165,13 +219,17 @@ def _is_part_of_another(
 ) -> bool:
     if next(module.parameters(), None) is not None:
         return False
-    return any(kind == "projections" and _inside(name, outer) for outer, (_, kind) in found.items())
-
-
-def _only_wraps_another(name: str, found: dict[str, tuple[nn.Module, str]]) -> bool:
     return any(
-        _inside(inner, name) and next(module.parameters(), None) is not None
-        for inner, (module, _) in found.items()
+        kind == "projections" and is_inside(name, outer) for outer, (_, kind) in found.items()
+    )
+
+
+def _only_wraps_another(name: str, kind: str, found: dict[str, tuple[nn.Module, str]]) -> bool:
+    return any(
+        is_inside(inner, name)
+        and next(module.parameters(), None) is not None
+        and (kind == "product" or inner_kind != "product")
+        for inner, (module, inner_kind) in found.items()
     )
 
 
@@ -195,8 +253,13 @@ def _normalised(name: str) -> str:
     return joined[1:] if joined in {"wq", "wk", "wqkv", "wkv"} else joined
 
 
-def _calls_attention(cls: type) -> bool:
-    """Whether the code of a module class reaches an attention function, by reading that code."""
+def _traits(cls: type) -> frozenset[str]:
+    """Return what the code of a module class reaches, by reading that code.
+
+    ``"call"`` is a call of an attention function, ``"product"`` one of two matrices and
+    ``"softmax"`` one of a softmax.
+    """
+    traits: set[str] = set()
     pending: list[Callable[..., Any]] = [cls.forward]  # type: ignore[attr-defined]
     visited: set[Any] = set()
     while pending:
@@ -205,15 +268,27 @@ def _calls_attention(cls: type) -> bool:
         if code is None or code in visited:
             continue
         visited.add(code)
+        names = set(_names(code))
         # The name is enough where the function comes from getattr, an inner import or an object.
-        if _ATTENTION_NAMES.intersection(_names(code)):
-            return True
+        if _ATTENTION_NAMES & names:
+            traits.add("call")
+        if "softmax" in names:
+            traits.add("softmax")
+        if _PRODUCT_NAMES & names or _has_matrix_product(code):
+            traits.add("product")
         for value in _referenced(function, cls):
             if _is_attention(value):
-                return True
+                traits.add("call")
             if isinstance(value, types.FunctionType) and not _is_torch(value):
                 pending.append(value)
-    return False
+    return frozenset(traits)
+
+
+def _has_matrix_product(code: types.CodeType) -> bool:
+    return any(
+        instruction.argrepr == "@" or instruction.opname == "BINARY_MATRIX_MULTIPLY"
+        for instruction in dis.get_instructions(code)
+    )
 
 
 def _referenced(function: Callable[..., Any], cls: type) -> Iterator[Any]:
@@ -243,8 +318,9 @@ def _methods(cls: type, name: str, names: set[str]) -> Iterator[Any]:
 def _attributes(value: Any, names: set[str], depth: int = 3) -> Iterator[Any]:
     """Yield a value and, for a module, what these names stand for inside it and its submodules."""
     yield _function_of(value)
-    if isinstance(value, dict):
-        yield from map(_function_of, list(value.values()))
+    if isinstance(value, Mapping):  # a registry
+        with contextlib.suppress(Exception):
+            yield from map(_function_of, list(value.values()))
     if isinstance(value, types.ModuleType) and depth > 0:
         for name in names:
             yield from _attributes(getattr(value, name, None), names, depth - 1)

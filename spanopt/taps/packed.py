@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from spanopt.taps.masks import Tokens, allowed, read, real_tokens
 from spanopt.taps.tap import SideScale, Tap
 
 __all__ = ["HANDLERS"]
@@ -43,31 +44,58 @@ _SOURCES = (
 
 
 def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    if not tap.is_live():
+        return func(*args, **kwargs)
     bound = _SIGNATURE.bind(*args, **kwargs).arguments
-    heads = bound["num_heads"]
+    query, key, heads = bound["query"], bound["key"], bound["num_heads"]
     sources = [bound[name] for name in _SOURCES if bound.get(name) is not None]
+    tap.refuse(query=query, key=key)
     tap.refuse_vmap(*sources)
+    lengths = tuple(x.shape[0] for x in (query, key))
     trains = any(source.requires_grad for source in sources)
-    tap.mark(heads, heads, bound["embed_dim_to_check"] // heads, trains)
+    tap.mark(
+        "packed",
+        heads,
+        heads,
+        bound["embed_dim_to_check"] // heads,
+        lengths=lengths,
+        trains=trains,
+    )
     if tap.query.mode == tap.key.mode == "identity":
         return func(*args, **kwargs)
-    return _forward(*tap.query, *tap.key, heads, *args, **kwargs)
+    queries, keys = (tokens or Tokens() for tokens in tap.given() or (None, None))
+    return _forward(
+        *tap.query, *tap.key, *queries, *keys, query is key, tap.site.name, heads, *args, **kwargs
+    )
 
 
 @torch.compiler.allow_in_graph
 def _forward(*args: Any, **kwargs: Any) -> Any:
-    # torch.compile takes tensors and numbers across this border, so the scales come unpacked.
-    query, key, (heads, *rest) = SideScale(*args[:4]), SideScale(*args[4:8]), args[8:]
-    with _ScoreProduct(query, key, heads):
+    # torch.compile takes tensors and numbers across this border, so all comes unpacked.
+    scales = SideScale(*args[:4]), SideScale(*args[4:8])
+    given = Tokens(*args[8:10]), Tokens(*args[10:12])
+    self_attention, layer, heads, *rest = args[12:]
+    with _ScoreProduct(scales, given, self_attention, layer, heads):
         return _transparent(*rest, **kwargs)
 
 
 class _ScoreProduct(TorchFunctionMode):
     """Puts nodes on the first score product that is made."""
 
-    def __init__(self, query: SideScale, key: SideScale, heads: int) -> None:
+    def __init__(
+        self,
+        scales: tuple[SideScale, SideScale],
+        given: tuple[Tokens, Tokens],
+        self_attention: bool,
+        layer: str,
+        heads: int,
+    ) -> None:
         super().__init__()
-        self.query, self.key, self.heads = query, key, heads
+        self.query, self.key = scales
+        self.given = given
+        self.self_attention = self_attention
+        self.layer = layer
+        self.heads = heads
         self.done = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,18 +104,32 @@ class _ScoreProduct(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self.done = True
-            query, key, *rest = args
-            return func(self.query.on(query), self.key.on(key), *rest, **kwargs)
+            query, key, value, mask, *rest = args
+            query, key = self._on(query, key, mask)
+            return func(query, key, value, mask, *rest, **kwargs)
         if func is torch.bmm or func is torch.baddbmm:
             self.done = True
             *bias, query, key = args
-            product = (self._split(self.query, query), self._split(self.key, key.mT).mT)
-            return func(*bias, *product)  # type: ignore[call-overload]
+            by_head = (self._split(query), self._split(key.mT))
+            query, key = (x.flatten(0, 1) for x in self._on(*by_head, bias[0] if bias else None))
+            return func(*bias, query, key.mT)  # type: ignore[call-overload]
         return func(*args, **kwargs)
 
-    def _split(self, scale: SideScale, x: Tensor) -> Tensor:
-        """Put the node on (batch * heads, N, d)."""
-        return scale.on(x.unflatten(0, (x.shape[0] // self.heads, self.heads))).flatten(0, 1)
+    def _split(self, x: Tensor) -> Tensor:
+        """Return (batch, heads, N, d) for (batch * heads, N, d)."""
+        return x.unflatten(0, (x.shape[0] // self.heads, self.heads))
+
+    def _on(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Put the nodes on (batch, heads, N, d)."""
+        queries, keys = real_tokens(
+            query,
+            key,
+            None if mask is None else read(allowed(mask), mask.ndim),
+            self_attention=self.self_attention,
+            given=self.given,
+            layer=self.layer,
+        )
+        return self.query.on(query, *queries), self.key.on(key, *keys)
 
 
-HANDLERS = [(F.multi_head_attention_forward, _multi_head_attention_forward)]
+HANDLERS = {"multi_head_attention_forward": _multi_head_attention_forward}

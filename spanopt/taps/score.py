@@ -8,18 +8,45 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
+from spanopt.taps.masks import allowed, read
 from spanopt.taps.tap import Tap
 
 __all__ = ["HANDLERS"]
 
 
 def _scaled_dot_product_attention(
-    tap: Tap, func: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+    tap: Tap,
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    tap.observe(query, key)
-    return func(tap.query.on(query), tap.key.on(key), *args, **kwargs)
+    if tap.is_live():
+        tap.observe(query, key, "score")
+        _check_groups(tap, query, key, kwargs.get("enable_gqa", False))
+        if tap.projects(query, key):
+            seen = None if attn_mask is None else read(allowed(attn_mask), query.ndim)
+            same = query.shape[-2] == key.shape[-2] and tap.is_self_attention(query, key)
+            queries, keys = tap.tokens(query, key, seen, same)
+            query, key = tap.query.on(query, *queries), tap.key.on(key, *keys)
+        else:
+            query, key = tap.query.on(query), tap.key.on(key)
+    return func(query, key, value, attn_mask, *args, **kwargs)
 
 
-HANDLERS = [(F.scaled_dot_product_attention, _scaled_dot_product_attention)]
+def _check_groups(tap: Tap, query: Tensor, key: Tensor, enable_gqa: bool) -> None:
+    heads, kv_heads = (x.shape[-3] if x.ndim > 3 else 1 for x in (query, key))
+    if heads == kv_heads or 1 in (heads, kv_heads) or (enable_gqa and heads % kv_heads == 0):
+        return
+    raise ValueError(
+        f"layer {tap.site.name!r}: the query has {heads} heads and the key {kv_heads}: query "
+        f"{tuple(query.shape)}, key {tuple(key.shape)}; grouped-query attention needs "
+        "enable_gqa=True and a multiple of the key heads, or keys repeated for each query head"
+    )
+
+
+HANDLERS = {"scaled_dot_product_attention": _scaled_dot_product_attention}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -19,8 +21,10 @@ from torch.overrides import (
 from spanopt.node import span_node, uniform_node
 from spanopt.scale import Factor, SpanScale
 from spanopt.sites import AttentionSite
+from spanopt.taps.masks import Read, Tokens, real_tokens
+from spanopt.taps.streams import Streams, tensors_in
 
-__all__ = ["Handler", "SideScale", "Tap", "remove_stale", "thread"]
+__all__ = ["Handler", "SideScale", "Tap", "live_taps", "remove_stale", "thread"]
 
 
 class SideScale(NamedTuple):
@@ -66,11 +70,13 @@ class SideScale(NamedTuple):
                 ridge,
             )
 
-    def on(self, x: Tensor) -> Tensor:
+    def on(self, x: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """Put the node on Q or K.
 
         Args:
             x: Shape ``(..., H, N, d)``.
+            mask: Boolean, broadcastable to ``(..., H, N)``, true at real tokens.
+            documents: As in :func:`~spanopt.projection.rescale_by_document`.
 
         Returns:
             A view of ``x``, or ``x`` itself where there is nothing to do.
@@ -79,24 +85,30 @@ class SideScale(NamedTuple):
             return x
         if self.mode == "uniform":
             return uniform_node(x, self.parallel)
-        return span_node(x, self.parallel, self.violation, ridge=self.ridge)
+        return span_node(
+            x, self.parallel, self.violation, ridge=self.ridge, mask=mask, documents=documents
+        )
 
 
 class _Thread(threading.local):
     """What the taps of one thread share.
 
     Attributes:
-        busy: An attention call is being handled. It goes on to the tap of an enclosing layer, of
-            this attachment or another, which must leave it alone.
+        busy: A call is in the hands of a tap. It goes on to the tap of an enclosing layer, of this
+            attachment or another, which must leave it alone.
         probing: Calls are looked for even where gradients are off.
+        tokens: Real tokens of queries and keys by layer name, as :func:`spanopt.token_mask` gives
+            them, shape ``(B, N)``.
     """
 
     def __init__(self) -> None:  # once in every thread; Dynamo guards on class attributes badly
         self.busy = False
         self.probing = False
+        self.tokens: Mapping[str, tuple[Tokens | None, Tokens | None]] | None = None
 
 
 thread = _Thread()
+live_taps: weakref.WeakSet[Tap] = weakref.WeakSet()
 
 
 class Tap(TorchFunctionMode):
@@ -109,7 +121,9 @@ class Tap(TorchFunctionMode):
         key: Scales of the key side.
         seen: Set when an attention call had a Q or K that takes part in differentiation; the
             optimizer clears it after each step.
+        entered: Set when the layer has run while taps watched.
         called: Set when any attention call was made.
+        running: Whether the layer is running and watched.
         removed: Set when the tap was taken off its layer: it then does nothing.
     """
 
@@ -118,16 +132,20 @@ class Tap(TorchFunctionMode):
         site: AttentionSite,
         scale: SpanScale,
         ridge: float | None,
-        handlers: Sequence[tuple[Callable[..., Any], Handler]],
+        handlers: Mapping[str, Handler],
     ) -> None:
         super().__init__()
         self.site = site
         self.ridge = ridge
         self.seen = False
+        self.entered = False
         self.called = False
+        self.running = False
         self.removed = False
         self._handlers = handlers
+        self._streams: Streams | None = None
         self.set_scale(scale)
+        live_taps.add(self)
 
     def set_scale(self, scale: SpanScale) -> None:
         """Take other scales, from the next forward pass on.
@@ -149,13 +167,25 @@ class Tap(TorchFunctionMode):
             self._check_heads("key", key, self.site.kv_heads)
         self.query, self.key = query, key
 
-    def enter(self) -> None:
-        """Start watching this thread's calls."""
+    def enter(self, inputs: Any = ()) -> None:
+        """Start watching this thread's calls.
+
+        Args:
+            inputs: The layer's arguments.
+        """
         remove_stale()
+        self.entered = self.running = True
+        # A layer with a single input was given no mask of its tokens.
+        tensors = tensors_in(inputs)
+        self._streams = None
+        if len(tensors) > 1:
+            self._streams = Streams([x for x in tensors if x.is_floating_point()])
         _push_mode(self)
 
     def leave(self) -> None:
         """Stop watching, wherever on the stack of function modes the tap is by now."""
+        self._streams = None
+        self.running = False
         if torch.compiler.is_compiling():
             _pop_mode()
         else:
@@ -163,47 +193,109 @@ class Tap(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not thread.busy:
-            # By identity: Dynamo does not find every function again in a dict.
-            for function, handler in self._handlers:
-                if func is function:
-                    return self._handle(handler, func, args, kwargs)
-        if func is Tensor.unflatten:  # Dynamo cannot trace its super() from a function mode
-            return args[0].unflatten(*args[1:], **kwargs)
-        return func(*args, **kwargs)
-
-    def _handle(self, handler: Handler, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.removed or not (torch.compiler.is_compiling() or _is_running(self.site.module)):
+        handler = self._handlers.get(getattr(func, "__name__", ""))
+        if func is Tensor.unflatten:
+            func = _unflatten
+        if thread.busy:
             return func(*args, **kwargs)
-        self.called = True
         thread.busy = True
         try:
-            return handler(self, func, *args, **kwargs)
+            result = handler(self, func, *args, **kwargs) if handler else func(*args, **kwargs)
         finally:
             thread.busy = False
+        if self._streams is not None:
+            self._streams.follow(result, args, kwargs)
+        return result
 
-    def observe(self, query: Tensor, key: Tensor) -> None:
+    def is_live(self) -> bool:
+        """Whether the layer is running, so that calls are its own."""
+        return not self.removed and (torch.compiler.is_compiling() or _is_running(self.site.module))
+
+    def observe(self, query: Tensor, key: Tensor, tap: str) -> None:
         """Note the Q and K of an attention call, before the nodes are put on them.
 
         Args:
             query: Shape ``(..., H, N, d)``.
             key: Shape ``(..., H', M, d)``.
+            tap: Name of the tap that reached them.
 
         Raises:
             TypeError: A nested, sparse or complex tensor, or one of ``torch.vmap``.
             ValueError: The number of per-head values is not the number of heads.
         """
-        for side, x in (("query", query), ("key", key)):
-            if x.is_nested or x.layout != torch.strided or not x.is_floating_point():
-                raise TypeError(
-                    f"layer {self.site.name!r}: the {side} tensor must be dense, strided and "
-                    f"real floating point, got {x.layout} {x.dtype}"
-                )
+        self.refuse(query=query, key=key)
         self.refuse_vmap(query, key)
         # Without a dimension for them, heads are merged into the batch and can't be told apart.
-        heads, kv_heads = (x.shape[-3] if x.ndim > 3 else 0 for x in (query, key))
-        trains = query.requires_grad or key.requires_grad
-        self.mark(heads, kv_heads, query.shape[-1], trains)
+        heads, kv_heads = (math.prod(x.shape[1:-2]) if x.ndim > 3 else 0 for x in (query, key))
+        self.mark(
+            tap,
+            heads,
+            kv_heads,
+            query.shape[-1],
+            lengths=(query.shape[-2], key.shape[-2]),
+            trains=query.requires_grad or key.requires_grad,
+        )
+
+    def refuse(self, **tensors: Tensor) -> None:
+        """Refuse tensors that have no span in the sense of this library.
+
+        Args:
+            **tensors: Tensors by name.
+
+        Raises:
+            TypeError: One of them is nested, sparse or complex.
+        """
+        for name, x in tensors.items():
+            if x.is_nested or x.layout != torch.strided or not x.is_floating_point():
+                size = "nested" if x.is_nested else tuple(x.shape)
+                raise TypeError(
+                    f"layer {self.site.name!r}: the {name} tensor must be dense, strided and "
+                    f"real floating point, got {x.layout} {x.dtype} of size {size}; "
+                    "pad it to a dense tensor, or scale the layer with None"
+                )
+
+    def tokens(
+        self, query: Tensor, key: Tensor, read: Read, self_attention: bool
+    ) -> tuple[Tokens, Tokens]:
+        """Return the real tokens of Q and K, as their nodes take them.
+
+        Args:
+            query: Shape ``(..., N, d)``.
+            key: Shape ``(..., M, d)``.
+            read: As the attention mask tells.
+            self_attention: Whether queries and keys are the same tokens.
+
+        Returns:
+            For the query and the key node. What :func:`spanopt.token_mask` says goes before what
+            the attention mask tells.
+
+        Raises:
+            ValueError: ``token_mask`` was given a mask of another shape.
+        """
+        return real_tokens(
+            query,
+            key,
+            read,
+            self_attention=self_attention,
+            given=self.given(),
+            layer=self.site.name,
+        )
+
+    def given(self) -> tuple[Tokens | None, Tokens | None] | None:
+        """Return the tokens of queries and keys that :func:`spanopt.token_mask` gives."""
+        return (thread.tokens or {}).get(self.site.name)
+
+    def projects(self, *tensors: Tensor) -> bool:
+        """Whether a node on one of these will project, which is when real tokens matter."""
+        general = self.query.mode == "general" or self.key.mode == "general"
+        return general and any(x.requires_grad for x in tensors) and torch.is_grad_enabled()
+
+    def is_self_attention(self, query: Tensor, key: Tensor) -> bool:
+        """Whether Q and K were computed from the same of the layer's inputs."""
+        if self._streams is None:
+            return False
+        source = self._streams.of(query)
+        return source != 0 and source == self._streams.of(key)
 
     def refuse_vmap(self, *tensors: Tensor | None) -> None:
         """Refuse tensors that don't tell whether they take part in differentiation.
@@ -223,13 +315,24 @@ class Tap(TorchFunctionMode):
                     "call the model on a batch, or take the hooks off"
                 )
 
-    def mark(self, heads: int, kv_heads: int, head_dim: int, trains: bool) -> None:
+    def mark(
+        self,
+        tap: str,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        lengths: tuple[int, int],
+        trains: bool,
+    ) -> None:
         """Note that an attention call was made.
 
         Args:
+            tap: Name of the tap that saw it.
             heads: Number of query heads.
             kv_heads: Number of key heads.
             head_dim: Size d of a head.
+            lengths: Number of queries and of keys.
             trains: Whether Q or K takes part in differentiation.
 
         Raises:
@@ -237,8 +340,11 @@ class Tap(TorchFunctionMode):
         """
         self._check_heads("query", self.query, heads)
         self._check_heads("key", self.key, kv_heads)
+        self.called = True
         site = self.site
+        site.tap = tap
         site.heads, site.kv_heads, site.head_dim = heads or 1, kv_heads or 1, head_dim
+        site.query_length, site.key_length = lengths
         if trains and torch.is_grad_enabled():
             self.seen = True
 
@@ -250,6 +356,11 @@ class Tap(TorchFunctionMode):
                     f"side, which has {heads or 'no dimension for its'} heads; "
                     f"give one number{f', or {heads} values' if heads else ''}"
                 )
+
+
+def _unflatten(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    # Dynamo cannot trace the super() of Tensor.unflatten from inside a function mode.
+    return x.unflatten(*args, **kwargs)
 
 
 def remove_stale() -> None:
@@ -288,4 +399,7 @@ def _is_running(module: nn.Module) -> bool:
 
 
 Handler: TypeAlias = Callable[..., Any]
-"""``handler(tap, func, *args, **kwargs)``: makes the call with nodes on its Q and K."""
+"""``handler(tap, func, *args, **kwargs)``: makes the call for the layer.
+
+Handlers go by the name of the function, such as ``matmul`` or ``__add__``.
+"""

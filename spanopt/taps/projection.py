@@ -1,0 +1,288 @@
+"""Projection tap: Q and K as the outputs of modules that the user names.
+
+For attention that runs in a kernel no other tap can see into. It sees Q and K as projected: before
+rotary embedding, QK-norm and anything else that the layer does to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spanopt.node import rescale_tokens
+from spanopt.scale import SpanScale
+from spanopt.sites import AttentionSite
+from spanopt.taps.masks import Tokens, given_tokens
+from spanopt.taps.tap import Tap
+
+__all__ = ["Projection", "ProjectionTap", "projections_of"]
+
+_PARTS = {
+    "query": ("query",),
+    "key": ("key",),
+    "qkv": ("query", "key", "value"),
+    "qk": ("query", "key"),
+    "kv": ("key", "value"),
+}
+_LAYOUTS = ("concatenated", "interleaved")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How Q or K or both lie in the output of one module, shape ``(..., N, blocks * width * d)``.
+
+    Attributes:
+        name: The module, relative to its layer.
+        module: The module.
+        blocks: Number of blocks of heads: 1 where queries and keys are concatenated, the number of
+            key heads where they are interleaved.
+        width: Heads in a block.
+        sides: ``"query"`` and ``"key"`` with the first of their heads in a block and how many.
+    """
+
+    name: str
+    module: nn.Module
+    blocks: int
+    width: int
+    sides: tuple[tuple[str, int, int], ...]
+
+    def check(self, layer: str, features: int) -> None:
+        """Refuse a number of output features that is no multiple of the number of heads.
+
+        Args:
+            layer: Name of the layer.
+            features: Size of the last dimension of the output.
+
+        Raises:
+            ValueError: It is none.
+        """
+        if features % (self.blocks * self.width):
+            raise ValueError(
+                f"layer {layer!r}: {self.name!r} has {features} output features, which do not "
+                f"divide into the {self.blocks * self.width} heads that projections={{...}} says"
+            )
+
+
+def projections_of(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> list[Projection]:
+    """Read one entry of ``projections``.
+
+    Args:
+        layer: Name of the layer.
+        module: The layer.
+        spec: ``query`` and ``key``, or ``qkv``, or ``qk``, or ``query`` and ``kv``: names of modules
+            in the layer, the last three with Q, K and V in one output. ``num_heads``;
+            ``num_kv_heads`` where there are fewer; ``layout`` of fused outputs: ``"concatenated"``
+            (all of Q, then all of K, ...; default) or ``"interleaved"`` (for each key head its
+            query heads, then itself, then its value head).
+
+    Returns:
+        A projection for each module.
+
+    Raises:
+        TypeError: ``spec`` is no mapping.
+        ValueError: Fields that are unknown, missing or contradictory; a module that is not there;
+            sizes that do not divide.
+
+    Example:
+        >>> layer = nn.Module()
+        >>> layer.c_attn = nn.Linear(16, 48)
+        >>> (projection,) = projections_of("attn", layer, {"qkv": "c_attn", "num_heads": 4})
+        >>> projection.sides
+        (('query', 0, 4), ('key', 4, 4))
+    """
+    if not isinstance(spec, Mapping):
+        raise TypeError(
+            f"projections[{layer!r}] must be a dict such as "
+            f'{{"query": "wq", "key": "wk", "num_heads": 8}}, got {type(spec).__name__}'
+        )
+    unknown = set(spec) - {*_PARTS, "num_heads", "num_kv_heads", "layout"}
+    given = [part for part in _PARTS if part in spec]
+    if unknown or set(given) not in ({"query", "key"}, {"qkv"}, {"qk"}, {"query", "kv"}):
+        raise ValueError(
+            f"projections[{layer!r}] must name 'query' and 'key', or 'qkv', or 'qk', or 'query' and "
+            f"'kv', and may have 'num_heads', 'num_kv_heads' and 'layout'; got {sorted(spec)}"
+        )
+    heads: Any = spec.get("num_heads")
+    layout = spec.get("layout", "concatenated")
+    kv_heads: Any = spec.get("num_kv_heads", heads)
+    for count in (heads, kv_heads):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(
+                f"projections[{layer!r}]: num_heads and num_kv_heads must be whole numbers of at "
+                f"least 1, got {heads!r} and {kv_heads!r}"
+            )
+    if heads % kv_heads:
+        raise ValueError(
+            f"projections[{layer!r}]: {heads} query heads do not divide into groups for "
+            f"{kv_heads} key heads"
+        )
+    if layout not in _LAYOUTS:
+        raise ValueError(
+            f"projections[{layer!r}]: layout must be one of {_LAYOUTS}, got {layout!r}"
+        )
+    result = []
+    for part in given:
+        name = spec[part]
+        try:
+            owner = module.get_submodule(name)
+        except AttributeError as error:
+            children = [child for child, _ in module.named_children()]
+            raise ValueError(
+                f"projections[{layer!r}]: {part!r} names {name!r}, which the layer does not have; "
+                f"it has {children}"
+            ) from error
+        blocks = kv_heads if layout == "interleaved" and len(_PARTS[part]) > 1 else 1
+        sides, first = [], 0
+        for side in _PARTS[part]:
+            count = (heads if side == "query" else kv_heads) // blocks
+            if side != "value":
+                sides.append((side, first, count))
+            first += count
+        projection = Projection(name, owner, blocks, first, tuple(sides))
+        features = getattr(owner, "out_features", getattr(owner, "nf", None))
+        if isinstance(features, int):
+            projection.check(layer, features)
+        result.append(projection)
+    return result
+
+
+class ProjectionTap(Tap):
+    """The tap of a layer whose Q and K are named; other taps find nothing in it.
+
+    Attributes:
+        projections: Where Q and K are.
+    """
+
+    def __init__(
+        self,
+        site: AttentionSite,
+        scale: SpanScale,
+        ridge: float | None,
+        projections: list[Projection],
+    ) -> None:
+        self.projections = projections
+        self._shapes: dict[str, torch.Size] = {}
+        self._trains = False
+        super().__init__(site, scale, ridge, {})
+
+    def on_output(self, projection: Projection, output: Tensor) -> Tensor:
+        """Put the node on a module's output.
+
+        Args:
+            projection: The module.
+            output: Shape ``(..., N, features)``.
+
+        Returns:
+            A view of it, or the output itself while the layer is not running.
+
+        Raises:
+            TypeError: The output is not a dense floating-point tensor.
+            ValueError: Its features do not divide into heads.
+        """
+        if not self.running:
+            return output
+        layer, name = self.site.name, projection.name
+        if not isinstance(output, Tensor) or output.ndim < 2:
+            raise TypeError(
+                f"layer {layer!r}: {name!r} must return a tensor (..., N, features) for the "
+                f"projection tap, got {type(output).__name__}"
+            )
+        self.refuse(**{name: output})
+        self.refuse_vmap(output)
+        projection.check(layer, output.shape[-1])
+        *batch, length, features = output.shape
+        head_dim = features // (projection.blocks * projection.width)
+        given = dict(zip(("query", "key"), self.given() or (None, None), strict=True))
+        settings: list[Any] = []
+        for side, _, count in projection.sides:
+            shape = torch.Size((*batch, projection.blocks * count, length, head_dim))
+            self._note(side, shape, output.requires_grad)
+            scale = self.query if side == "query" else self.key
+            tokens = given_tokens(given[side], shape, side, layer) or Tokens()
+            settings += [*scale, *tokens]
+        idle = all(mode == "identity" for mode in settings[::_PER_SIDE])
+        if idle or not (output.requires_grad and torch.is_grad_enabled()):
+            return output
+        return _ProjectionNode.apply(
+            output, projection.blocks, projection.width, projection.sides, *settings
+        )
+
+    def _note(self, side: str, shape: torch.Size, trains: bool) -> None:
+        """Mark the layer as seen once the shapes of both sides are known."""
+        self._shapes[side] = shape
+        self._trains = self._trains or trains
+        if len(self._shapes) < 2:
+            return
+        query, key = self._shapes["query"], self._shapes["key"]
+        trains, self._shapes, self._trains = self._trains, {}, False
+        if query[-1] != key[-1]:
+            raise ValueError(
+                f"layer {self.site.name!r}: the query's heads have {query[-1]} features and the "
+                f"key's {key[-1]}; check num_heads and num_kv_heads in projections={{...}}"
+            )
+        self.mark(
+            "projection",
+            query[-3],
+            key[-3],
+            query[-1],
+            lengths=(query[-2], key[-2]),
+            trains=trains,
+        )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        except RuntimeError as error:
+            if "_ProjectionNode" not in str(error):
+                raise
+            raise RuntimeError(
+                f"layer {self.site.name!r} changes the output of a projection in place, which the "
+                "projection tap has a node on: write q = q * scale in place of q *= scale"
+            ) from error
+
+
+_PER_SIDE = 6  # mode, parallel, violation, ridge, mask, documents
+
+
+class _ProjectionNode(torch.autograd.Function):
+    @staticmethod
+    def forward(output: Tensor, *rest: Any) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.blocks, ctx.width, ctx.sides, *settings = inputs
+        ctx.settings = [settings[i : i + _PER_SIDE - 2] for i in range(0, len(settings), _PER_SIDE)]
+        masks = [settings[i + 4 : i + 6] for i in range(0, len(settings), _PER_SIDE)]
+        ctx.save_for_backward(x, *(mask for pair in masks for mask in pair))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *masks = ctx.saved_tensors
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        for i, ((_, first, count), (mode, parallel, violation, ridge)) in enumerate(
+            zip(ctx.sides, ctx.settings, strict=True)
+        ):
+            if mode == "identity":
+                continue
+            # (..., blocks, count, N, d), of which (..., H, N, d) may be a copy.
+            part, basis = (
+                t.view(*t.shape[:-1], ctx.blocks, ctx.width, -1)[
+                    ..., first : first + count, :
+                ].movedim(-4, -2)
+                for t in (grad, x)
+            )
+            scaled = rescale_tokens(
+                part.flatten(-4, -3),
+                basis.flatten(-4, -3),
+                parallel,
+                violation,
+                ridge,
+                *masks[2 * i : 2 * i + 2],
+            )
+            part.copy_(scaled.view_as(part))
+        return grad, *(None,) * (3 + _PER_SIDE * len(ctx.sides))
