@@ -3,13 +3,18 @@ PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test docs lint clean
 
 demo: .venv/demo.stamp
 	.venv/bin/python examples/train_text.py $(ARGS)
 
-test: .venv/test.stamp
+test: .venv/test-models.stamp
 	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# The table of tested models, from the tests that train them.
+docs: .venv/test-models.stamp
+	.venv/bin/python -m pytest -n 2 tests/test_transformers.py tests/test_libraries.py \
+		--models-table docs/models.md
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff check .

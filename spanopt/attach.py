@@ -16,7 +16,7 @@ from spanopt.projection import check_ridge
 from spanopt.scale import ScaleLike, SpanGroup, SpanScale, resolve_scales
 from spanopt.sites import AttentionSite, find_attention, is_inside, named_modules, unwrap
 from spanopt.taps import HANDLERS
-from spanopt.taps.projection import Projection, ProjectionTap, projections_of
+from spanopt.taps.projection import Projection, ProjectionTap, owns_projections, projections_of
 from spanopt.taps.tap import Tap, remove_stale, thread
 
 __all__ = ["SpanHooks", "UnscaledLayerError", "attach"]
@@ -43,7 +43,7 @@ class UnscaledLayerError(RuntimeError):
         ...     pass
         Traceback (most recent call last):
         ...
-        spanopt.attach.UnscaledLayerError: layer '' (Linear) called no attention ...
+        spanopt.attach.UnscaledLayerError: not scaled: layer '' (Linear); scaled: none. ...
     """
 
 
@@ -171,15 +171,68 @@ class SpanHooks:
         scaled = [tap for tap in self._taps if tap.seen]
         message = (
             f"not scaled since the last step: layer{'s' if len(missing) > 1 else ''} "
-            f"{', '.join(map(repr, missing))} (scaled: {_listed(scaled)}). Q and K were not seen in "
-            "a forward pass with gradients. If a layer was skipped or is frozen on purpose, pass "
-            "on_missing='warn' or 'ignore', or scale it with None; if its forward was called "
+            f"{', '.join(map(repr, missing))} (scaled: {_listed(scaled)}). Q and K were not seen "
+            "in a forward pass with gradients. If a layer was skipped or is frozen on purpose, "
+            "pass on_missing='warn' or 'ignore', or scale it with None; if its forward was called "
             "directly, call the module instead"
         )
         if self._on_missing == "error":
             self.forget()
             raise UnscaledLayerError(message)
         warnings.warn(message, stacklevel=3)
+
+    def probe(self, model: nn.Module, example_inputs: Any) -> None:
+        """Run one forward pass, to learn what only that can tell.
+
+        Args:
+            model: The model.
+            example_inputs: As in :func:`attach`.
+
+        Raises:
+            UnscaledLayerError: A scaled layer calls no attention, and ``on_missing`` is
+                ``"error"``.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.TransformerEncoderLayer(8, nhead=2)
+            >>> hooks = attach(model)
+            >>> hooks.probe(model, torch.randn(5, 1, 8))
+            >>> hooks.sites[0].query_length
+            5
+        """
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        args: tuple[Any, ...] = (example_inputs,)
+        kwargs: dict[str, Any] = {}
+        if isinstance(example_inputs, tuple):
+            args = example_inputs
+        elif isinstance(example_inputs, Mapping):
+            args, kwargs = (), dict(example_inputs)
+        try:
+            thread.probing = True
+            with torch.random.fork_rng(), torch.enable_grad():
+                model(*args, **kwargs)
+            if self._on_missing == "error":
+                _check_called(self._taps, only_entered=False)
+        finally:
+            thread.probing = False
+            self.forget()
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+    def has_run(self, site: AttentionSite) -> bool:
+        """Return whether a layer has run while it was hooked.
+
+        Args:
+            site: One of ``sites`` that is scaled.
+
+        Example:
+            >>> from torch import nn
+            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2))
+            >>> hooks.has_run(hooks.sites[0])
+            False
+        """
+        return any(tap.entered for tap in self._taps if tap.site is site)
 
     def remove(self) -> None:
         """Take everything off the model. Doing it twice is harmless.
@@ -282,7 +335,7 @@ def attach(
     _let_compiled_code_notice_hooks()
     if example_inputs is not None:
         try:
-            _probe(model, hooks, example_inputs)
+            hooks.probe(model, example_inputs)
         except BaseException:
             hooks.remove()
             raise
@@ -319,6 +372,17 @@ def table(hooks: SpanHooks) -> str:
         head_dim = "?" if site.head_dim is None else str(site.head_dim)
         tap = site.tap or "?"
         rows.append((site.name or '""', site.class_name, tap, heads, head_dim, *scales))
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of text with their columns aligned.
+
+    Example:
+        >>> print(aligned([("a", "b"), ("long", "c")]))
+        a     b
+        long  c
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -436,11 +500,18 @@ def _project_sites(
     modules = dict(named_modules(model))
     projected: dict[str, list[Projection]] = {}
     for pattern, spec in projections.items():
-        matched = [pattern] if pattern in modules else fnmatch.filter(modules, pattern)
+        matched = [pattern]
+        if pattern not in modules:
+            matched = [
+                name
+                for name in fnmatch.filter(modules, pattern)
+                if owns_projections(modules[name], spec)
+            ]
         if not matched:
             raise ValueError(
-                f"projections: {pattern!r} matches no module of {type(model).__name__}; attention "
-                f"layers are {[site.name for site in sites]}"
+                f"projections: {pattern!r} matches no module of {type(model).__name__} that has "
+                f"the modules named in {dict(spec)}; attention layers are "
+                f"{[site.name for site in sites]}"
             )
         for name in matched:
             if name in projected:
@@ -500,22 +571,3 @@ def _let_compiled_code_notice_hooks() -> None:
     if torch._dynamo.config.skip_nnmodule_hook_guards:
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         torch.compiler.reset()
-
-
-def _probe(model: nn.Module, hooks: SpanHooks, inputs: Any) -> None:
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((inputs,), {})
-    if isinstance(inputs, Mapping):
-        args, kwargs = (), dict(inputs)
-    try:
-        thread.probing = True
-        with torch.random.fork_rng(), torch.enable_grad():
-            model(*args, **kwargs)
-        if hooks._on_missing == "error":
-            _check_called(hooks._taps, only_entered=False)
-    finally:
-        thread.probing = False
-        hooks.forget()
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)

@@ -36,12 +36,12 @@ class AttentionSite:
     Attributes:
         name: Its qualified name in the model; ``""`` is the model itself.
         module: The layer.
-        tap: How Q and K are reached: ``"packed"`` (``nn.MultiheadAttention``), ``"score"`` (a call of
-            ``scaled_dot_product_attention``), ``"softmax"`` (attention written out by hand) or
+        tap: How Q and K are reached: ``"packed"`` (``nn.MultiheadAttention``), ``"score"`` (a call
+            of ``scaled_dot_product_attention``), ``"softmax"`` (attention written out by hand) or
             ``"projection"`` (the outputs of modules that the user names); ``None`` where only the
             first forward pass tells.
-        certain: Whether it is attention beyond doubt. A layer found only because its code multiplies
-            matrices and takes a softmax is left out again when the first forward pass shows none.
+        certain: Whether it is attention beyond doubt. A layer found only because its code
+            multiplies matrices and takes a softmax is let go when its forward pass shows none.
         heads: Number of query heads; ``None`` until the first forward pass tells.
         kv_heads: Number of key heads, likewise.
         head_dim: Size d of a head, likewise.
@@ -69,6 +69,25 @@ class AttentionSite:
     def class_name(self) -> str:
         """Name of the layer's class."""
         return type(self.module).__name__
+
+    def query_key_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of the query and key projections, fused ones included.
+
+        All parameters of the layer where no name tells.
+
+        Example:
+            >>> site, = find_attention(nn.MultiheadAttention(8, num_heads=2))
+            >>> [tuple(parameter.shape) for parameter in site.query_key_parameters()]
+            [(24, 8), (24,)]
+        """
+        wanted = {*_QUERY, *_KEY, *_FUSED}
+        named = [
+            parameter
+            for name, parameter in self.module.named_parameters()
+            if any(_normalised(part) in wanted for part in name.split("."))
+            or (self.tap == "packed" and name.startswith(("in_proj", "bias_k")))
+        ]
+        yield from named or self.module.parameters()
 
     def __repr__(self) -> str:
         return (

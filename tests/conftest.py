@@ -1,8 +1,26 @@
+from pathlib import Path
+
+import models_table
 import pytest
 import torch
 
 # The tests run two at a time, one thread each.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--models-table", metavar="FILE", help="write what was tested of models here")
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" and report.passed:
+        models_table.note(dict(report.user_properties))
+
+
+def pytest_sessionfinish(session, exitstatus):
+    path = session.config.getoption("models_table")
+    if path and exitstatus == 0 and not hasattr(session.config, "workerinput"):
+        Path(path).write_text(models_table.page(), encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)

@@ -204,23 +204,36 @@ def test_the_random_state_and_buffers_survive_example_inputs(x):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-class Handwritten(ScoreAttention):
+class Sigmoid(ScoreAttention):
     def forward(self, x):
         q, k, v = self.project(x)
-        return self.out_proj(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(-2))
+        return self.out_proj(((q @ k.mT).sigmoid() @ v).transpose(1, 2).flatten(-2))
 
 
 def test_a_layer_that_calls_no_attention_is_an_error_at_the_first_forward(x):
-    model = nn.Sequential(Handwritten())
+    model = nn.Sequential(Sigmoid())
     with (
         attach(model),
-        pytest.raises(UnscaledLayerError, match=r"layer '0' \(Handwritten\) called"),
+        pytest.raises(
+            UnscaledLayerError, match=r"layer '0' \(Sigmoid\); scaled: none\. .* no attention"
+        ),
     ):
         model(x)
 
 
+def test_supported_and_unsupported_layers_are_reported_together(x):
+    model = nn.Sequential(Sigmoid(), ScoreAttention(), Sigmoid())
+    unsupported = r"layers '0' \(Sigmoid\), '2' \(Sigmoid\); scaled: '1' \(ScoreAttention\)"
+    with attach(model), pytest.raises(UnscaledLayerError, match=unsupported):
+        model(x)
+    with pytest.raises(UnscaledLayerError, match=unsupported):
+        attach(model, example_inputs=x)
+    with attach(model, {"1": SpanScale()}):
+        model(x).sum().backward()
+
+
 def test_a_layer_that_calls_no_attention_is_an_error_at_once_with_example_inputs(x):
-    model = nn.Sequential(Handwritten())
+    model = nn.Sequential(Sigmoid())
     before = snapshot(model)
     with pytest.raises(UnscaledLayerError, match="'0'"):
         attach(model, example_inputs={"input": x})
@@ -228,7 +241,7 @@ def test_a_layer_that_calls_no_attention_is_an_error_at_once_with_example_inputs
 
 
 def test_a_layer_that_calls_no_attention_can_be_allowed(x):
-    model = nn.Sequential(Handwritten())
+    model = nn.Sequential(Sigmoid())
     with attach(model, on_missing="ignore") as hooks:
         model(x).sum().backward()
         hooks.check()

@@ -38,6 +38,12 @@ def test_the_snippets_run_one_after_the_other(capsys):
     assert "left alone" in printed
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_the_snippets_of_the_docs_run(page):
+    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(snippet, page.name, "exec"), {})
+
+
 def test_the_diff_turns_a_loop_that_runs_into_one_that_runs():
     (diff,) = blocks("diff")
     plain, wrapped = {}, {}

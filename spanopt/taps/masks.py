@@ -31,7 +31,7 @@ def allowed(mask: Tensor) -> Tensor:
     """Return where a mask allows attention.
 
     Args:
-        mask: Boolean, true where attention is allowed, or floating point, to be added to the scores.
+        mask: Boolean, true where attention is allowed, or a number, to be added to the scores.
 
     Returns:
         Boolean, shaped like ``mask``.

@@ -19,7 +19,7 @@ from spanopt.sites import AttentionSite
 from spanopt.taps.masks import Tokens, given_tokens
 from spanopt.taps.tap import Tap
 
-__all__ = ["Projection", "ProjectionTap", "projections_of"]
+__all__ = ["Projection", "ProjectionTap", "owns_projections", "projections_of"]
 
 _PARTS = {
     "query": ("query",),
@@ -73,11 +73,11 @@ def projections_of(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> li
     Args:
         layer: Name of the layer.
         module: The layer.
-        spec: ``query`` and ``key``, or ``qkv``, or ``qk``, or ``query`` and ``kv``: names of modules
-            in the layer, the last three with Q, K and V in one output. ``num_heads``;
-            ``num_kv_heads`` where there are fewer; ``layout`` of fused outputs: ``"concatenated"``
-            (all of Q, then all of K, ...; default) or ``"interleaved"`` (for each key head its
-            query heads, then itself, then its value head).
+        spec: ``query`` and ``key``, or ``qkv``, or ``qk``, or ``query`` and ``kv``: names of
+            modules in the layer, ``qkv``, ``qk`` and ``kv`` with several in one output.
+            ``num_heads``, and ``num_kv_heads`` where there are fewer. ``layout`` of fused outputs:
+            ``"concatenated"`` (all of Q, then all of K, ...; default) or ``"interleaved"`` (for
+            each key head its query heads, then itself, then its value head).
 
     Returns:
         A projection for each module.
@@ -103,8 +103,9 @@ def projections_of(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> li
     given = [part for part in _PARTS if part in spec]
     if unknown or set(given) not in ({"query", "key"}, {"qkv"}, {"qk"}, {"query", "kv"}):
         raise ValueError(
-            f"projections[{layer!r}] must name 'query' and 'key', or 'qkv', or 'qk', or 'query' and "
-            f"'kv', and may have 'num_heads', 'num_kv_heads' and 'layout'; got {sorted(spec)}"
+            f"projections[{layer!r}] must name 'query' and 'key', or 'qkv', or 'qk', or 'query' "
+            f"and 'kv', and 'num_heads', and may have 'num_kv_heads' and 'layout'; got "
+            f"{sorted(map(str, spec))}"
         )
     heads: Any = spec.get("num_heads")
     layout = spec.get("layout", "concatenated")
@@ -148,6 +149,21 @@ def projections_of(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> li
             projection.check(layer, features)
         result.append(projection)
     return result
+
+
+def owns_projections(module: nn.Module, spec: Mapping[str, Any]) -> bool:
+    """Return whether a module has the modules that one entry of ``projections`` names.
+
+    Args:
+        module: Any module.
+        spec: As in :func:`projections_of`.
+
+    Example:
+        >>> owns_projections(nn.MultiheadAttention(8, 2), {"query": "wq", "key": "wk"})
+        False
+    """
+    names = {name for name, _ in module.named_modules()}
+    return all(spec[part] in names for part in _PARTS if part in spec)
 
 
 class ProjectionTap(Tap):

@@ -289,9 +289,9 @@ def _setitem(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     func(*args, **kwargs)
     x, index, value = args
     scores = _scores(x)
-    if scores is not None and isinstance(index, Tensor) and index.dtype == torch.bool:
-        if index.ndim == x.ndim and not (isinstance(value, Tensor) and value.ndim):
-            _carry(x, _masked(scores, x, allowed_by_fill(index, value)))
+    by_mask = isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim == x.ndim
+    if scores is not None and by_mask and not (isinstance(value, Tensor) and value.ndim):
+        _carry(x, _masked(scores, x, allowed_by_fill(index, value)))
 
 
 def _masked(scores: _Scores, x: Tensor, allowed: Tensor) -> _Scores:

@@ -25,7 +25,7 @@ class Streams:
 
     def __init__(self, inputs: list[Tensor]) -> None:
         self.inputs = inputs
-        # Dynamo sets no attributes on tensors that come in a tuple, and compiled code keeps no list.
+        # Dynamo sets no attributes on tensors that come in a tuple; compiled code keeps no list.
         self._traced: list[tuple[Tensor, int]] = []
 
     def of(self, x: Tensor) -> int:
