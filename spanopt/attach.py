@@ -138,8 +138,7 @@ class SpanHooks:
                 "an entry of span_groups was replaced, added or removed, which scales nothing: "
                 "set the fields of the entries that are there"
             )
-        taps = [tap for tap in self._taps if tap.site.certain or tap.called]
-        return [tap.site.name for tap in taps if not tap.seen]
+        return [tap.site.name for tap in self._taps if tap.is_attention() and not tap.seen]
 
     def forget(self) -> None:
         """Forget which layers were seen, as after an optimizer step.
@@ -200,7 +199,12 @@ class SpanHooks:
             >>> hooks.sites[0].query_length
             5
         """
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         args: tuple[Any, ...] = (example_inputs,)
         kwargs: dict[str, Any] = {}
         if isinstance(example_inputs, tuple):
@@ -217,8 +221,8 @@ class SpanHooks:
             thread.probing = False
             self.forget()
             with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+                for module, name, buffer, value in buffers:
+                    module._buffers[name] = buffer.copy_(value)
 
     def has_run(self, site: AttentionSite) -> bool:
         """Return whether a layer has run while it was hooked.
@@ -457,7 +461,7 @@ def _check_called(taps: Sequence[Tap], only_entered: bool = True) -> None:
     missing = [
         tap
         for tap in taps
-        if not tap.called and tap.site.certain and (tap.entered or not only_entered)
+        if not tap.called and tap.is_attention() and (tap.entered or not only_entered)
     ]
     if not missing:
         return

@@ -104,8 +104,13 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
     sites = find_attention(model)
     if not sites:
         return Inspection((), f"No attention layer was found in {type(model).__name__}")
-    attempts = [example_inputs] if example_inputs is not None else guess_inputs(unwrap(model))
     error: Exception | None = None
+    attempts = [example_inputs]
+    if example_inputs is None:
+        try:
+            attempts = list(guess_inputs(unwrap(model)))
+        except Exception as caught:
+            attempts, error = [], caught
     for inputs in attempts:
         with attach(model, on_missing="ignore") as hooks:
             try:

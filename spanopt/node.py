@@ -80,7 +80,6 @@ def switched_node(
     *,
     project: bool = True,
     ridge: float | None = None,
-    mask: Tensor | None = None,
     documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a view of ``x``, which may turn out to be Q, K or neither.
@@ -97,7 +96,6 @@ def switched_node(
         key: Likewise, if it is K.
         project: Whether any of the factors differ; otherwise nothing is projected.
         ridge: As in :func:`spanopt.project`.
-        mask: As in :func:`spanopt.project`, if known by now.
         documents: As in :func:`span_node`.
 
     Returns:
@@ -107,23 +105,23 @@ def switched_node(
         >>> import torch
         >>> q = torch.ones(2, 1, requires_grad=True)
         >>> twice, once = (torch.tensor(2.0),) * 2, (torch.tensor(1.0),) * 2
-        >>> y, switch, real = switched_node(q, twice, once)
-        >>> switch_on(y * 3, switch, real, side="query").sum().backward()
+        >>> y, switch, padding = switched_node(q, twice, once)
+        >>> switch_on(y * 3, switch, padding, side="query").sum().backward()
         >>> q.grad.flatten()
         tensor([6., 6.])
     """
-    return _SwitchedNode.apply(x, *query, *key, mask, documents, project, ridge)
+    return _SwitchedNode.apply(x, *query, *key, documents, project, ridge)
 
 
 def switch_on(
-    x: Tensor, switch: Tensor, real: Tensor, *, side: str, mask: Tensor | None = None
+    x: Tensor, switch: Tensor, padding: Tensor, *, side: str, mask: Tensor | None = None
 ) -> Tensor:
     """Return a view of ``x`` whose backward turns a :func:`switched_node` on.
 
     Args:
         x: A tensor computed from the node's.
         switch: From :func:`switched_node`.
-        real: Likewise.
+        padding: Likewise.
         side: What the node's tensor turned out to be: ``"query"`` or ``"key"``.
         mask: Boolean, broadcastable to ``(B, N)``, true at real tokens, if it was not known before.
 
@@ -133,7 +131,7 @@ def switch_on(
     Example:
         See :func:`switched_node`.
     """
-    return _SwitchOn.apply(x, switch, real, mask, 1.0 if side == "query" else -1.0)
+    return _SwitchOn.apply(x, switch, padding, mask, 1.0 if side == "query" else -1.0)
 
 
 def rescale_tokens(
@@ -206,25 +204,24 @@ class _SwitchedNode(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, *ctx.factors, mask, documents, ctx.project, ctx.ridge = inputs
-        ctx.save_for_backward(x, mask, documents)
+        x, *ctx.factors, documents, ctx.project, ctx.ridge = inputs
+        ctx.save_for_backward(x, documents)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
-        ctx: Any, grad: Tensor | None, switch: Tensor | None, real: Tensor | None
+        ctx: Any, grad: Tensor | None, switch: Tensor | None, padding: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        rest = (None,) * 8
+        rest = (None,) * 7
         if grad is None or switch is None:
             return grad, *rest
-        x, mask, documents = ctx.saved_tensors
-        shape = x.shape
+        x, documents = ctx.saved_tensors
+        shape, mask = x.shape, None
         if grad.ndim > 4:  # (B, H, N, d): grouped heads are heads
             x, grad = x.flatten(1, -3), grad.flatten(1, -3)
-        if real is not None:
-            told = (real if x.ndim > 2 else real[0]) > 0
-            told = told[(slice(None), *(None,) * (x.ndim - 3))] if x.ndim > 3 else told
-            mask = told if mask is None else mask & told
+        if padding is not None:  # in all of the softmaxes
+            mask = (padding if x.ndim > 2 else padding[0]) < switch.abs()
+            mask = mask[(slice(None), *(None,) * (x.ndim - 3))] if x.ndim > 3 else mask
         heads = x.shape[-3] if x.ndim > 2 else 0
         query_parallel, query_violation, key_parallel, key_violation = (
             # A number of values that is not that of the heads is the other side's.
@@ -244,24 +241,22 @@ class _SwitchedNode(torch.autograd.Function):
 class _SwitchOn(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, switch: Tensor, real: Tensor, mask: Tensor | None, sign: float
+        x: Tensor, switch: Tensor, padding: Tensor, mask: Tensor | None, sign: float
     ) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.switch, real, ctx.mask, ctx.sign = inputs
-        ctx.shape = real.shape
+        _, ctx.switch, padding, ctx.mask, ctx.sign = inputs
+        ctx.shape = padding.shape
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         switch = torch.full_like(ctx.switch, ctx.sign)
-        real = None
+        padding = None
         if ctx.mask is not None:
-            real = ctx.mask.to(switch.dtype).expand(ctx.shape)
-        elif torch.compiler.is_compiling():  # which would take no gradient for zeros
-            real = switch.new_ones(ctx.shape)
-        return grad, switch, real, None, None
+            padding = (~ctx.mask).to(switch.dtype).expand(ctx.shape)
+        return grad, switch, padding, None, None
 
 
 class _UniformNode(torch.autograd.Function):

@@ -6,6 +6,7 @@ import contextlib
 import dis
 import re
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,7 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
        Such a layer may turn out to call no attention that can be seen, which is then an error at
        its first forward pass rather than a silent omission;
     4. its own code multiplies matrices and takes a softmax, and it owns at least two modules with
-       parameters: not ``certain`` before the first forward pass.
+       parameters or none: not ``certain`` before the first forward pass.
 
     A layer of the third or fourth kind that contains another with parameters of its own only wraps
     it, and is left out; a layer without parameters inside one of the third kind is a part of it.
@@ -139,11 +140,15 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
         kind = _kind(module, traits)
         if kind is not None:
             found[name] = (module, kind)
+    kept = {
+        name: (module, kind)
+        for name, (module, kind) in found.items()
+        if not _only_wraps_another(name, module, kind, found, traits)
+    }
     return [
         _site(name, module, kind, traits)
-        for name, (module, kind) in found.items()
-        if not _is_part_of_another(name, module, found)
-        and not (kind in ("projections", "product") and _only_wraps_another(name, kind, found))
+        for name, (module, kind) in kept.items()
+        if not _is_part_of_another(name, module, kept)
     ]
 
 
@@ -216,8 +221,14 @@ def _kind(module: nn.Module, traits: dict[type, frozenset[str]]) -> str | None:
 def _multiplies_by_hand(module: nn.Module, traits: frozenset[str]) -> bool:
     children = list(module.children())
     softmax = "softmax" in traits or any(isinstance(child, nn.Softmax) for child in children)
+    if "product" not in traits or not softmax:
+        return False
+    # Queries and keys take two projections at least, or they come from outside.
+    for child in list(children):
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            children += child.children()
     owners = [child for child in children if next(child.parameters(), None) is not None]
-    return "product" in traits and softmax and len(owners) + len(module._parameters) > 1
+    return not [*owners, *module._parameters] or len(owners) + len(module._parameters) > 1
 
 
 def _site(
@@ -243,12 +254,22 @@ def _is_part_of_another(
     )
 
 
-def _only_wraps_another(name: str, kind: str, found: dict[str, tuple[nn.Module, str]]) -> bool:
+def _only_wraps_another(
+    name: str,
+    module: nn.Module,
+    kind: str,
+    found: dict[str, tuple[nn.Module, str]],
+    traits: dict[type, frozenset[str]],
+) -> bool:
+    if kind in ("packed", "call"):
+        return False
+    if kind == "projections" and _multiplies_by_hand(module, traits[type(module)]):
+        return False
     return any(
         is_inside(inner, name)
-        and next(module.parameters(), None) is not None
+        and next(other.parameters(), None) is not None
         and (kind == "product" or inner_kind != "product")
-        for inner, (module, inner_kind) in found.items()
+        for inner, (other, inner_kind) in found.items()
     )
 
 
@@ -269,6 +290,7 @@ def _normalised(name: str) -> str:
     if words == ["c", "attn"]:  # GPT-2's fused projection
         return "qkv"
     joined = "".join(word for word in words if word not in _FILLERS)
+    joined = re.sub(r"^(q|k|kv|qkv)s$", r"\1", joined)
     return joined[1:] if joined in {"wq", "wk", "wqkv", "wkv"} else joined
 
 
@@ -334,21 +356,33 @@ def _methods(cls: type, name: str, names: set[str]) -> Iterator[Any]:
         yield from own
 
 
-def _attributes(value: Any, names: set[str], depth: int = 3) -> Iterator[Any]:
-    """Yield a value and, for a module, what these names stand for inside it and its submodules."""
-    yield _function_of(value)
+def _attributes(value: Any, names: set[str], depth: int = 3) -> list[Any]:
+    """Return a value and, for a module, what these names stand for inside it and its submodules."""
+    found = [_function_of(value)]
     if isinstance(value, Mapping):  # a registry
-        with contextlib.suppress(Exception):
-            yield from map(_function_of, list(value.values()))
+        found += map(_function_of, _quietly(lambda: list(value.values())) or [])
     if isinstance(value, types.ModuleType) and depth > 0:
         for name in names:
-            yield from _attributes(getattr(value, name, None), names, depth - 1)
+            found += _attributes(_quietly(getattr, value, name, None), names, depth - 1)
+    return found
 
 
 def _function_of(value: Any) -> Any:
     """Return the function behind a static method, a bound method or a decorator."""
-    value = getattr(value, "__func__", value)
-    return getattr(value, "__wrapped__", value)
+    for name in ("__func__", "__wrapped__"):
+        inner = _quietly(getattr, value, name, None)
+        value = value if inner is None else inner
+    return value
+
+
+def _quietly(function: Callable[..., Any], *args: Any) -> Any:
+    """Call it on objects that are not ours and may import, warn or raise; ``None`` if they do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return function(*args)
+        except Exception:
+            return None
 
 
 def _is_attention(value: Any) -> bool:

@@ -199,7 +199,7 @@ class ProjectionTap(Tap):
             TypeError: The output is not a dense floating-point tensor.
             ValueError: Its features do not divide into heads.
         """
-        if not self.running:
+        if self.current_call() is None:
             return output
         layer, name = self.site.name, projection.name
         if not isinstance(output, Tensor) or output.ndim < 2:

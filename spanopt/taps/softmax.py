@@ -19,8 +19,6 @@ from spanopt.taps.tap import Handler, Tap
 
 __all__ = ["HANDLERS"]
 
-_TAG = "_spanopt_scores"
-
 
 class _Operand(NamedTuple):
     """One side of a product.
@@ -37,20 +35,29 @@ class _Operand(NamedTuple):
 
 
 class _Product(NamedTuple):
-    """Two operands, and whether they were computed from the same input of the layer."""
+    """A product of Q and K, or of any two activations.
+
+    Attributes:
+        left: The first operand.
+        right: The second.
+        self_attention: Whether both were computed from the same input of the layer.
+        swapped: Empty until a softmax tells; then whether the first operand are the keys.
+    """
 
     left: _Operand
     right: _Operand
     self_attention: bool
+    swapped: list[bool]
 
 
 class _Scores:
-    """What is known of a score matrix, or of its softmax. Kept as an attribute of the tensor.
+    """What is known of a score matrix, or of its softmax.
 
     Attributes:
         products: The products that add up to the scores; empty after the softmax.
         axes: Dimensions, counted from the end, of the left and of the right operand's tokens.
         read: The real tokens, left and right, as the masks met so far tell.
+        widened: Further keys were appended: masks from here on are of another size.
     """
 
     def __init__(
@@ -58,25 +65,26 @@ class _Scores:
         products: tuple[_Product, ...] = (),
         axes: tuple[int, int] = (-2, -1),
         read: Read = None,
+        widened: bool = False,
     ) -> None:
         self.products = products
         self.axes = axes
         self.read = read
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy or pickle of the tensor has none of it
-        return bool, ()
+        self.widened = widened
 
 
 _WEIGHTS = _Scores()
 
 
-def _scores(x: Any) -> _Scores | None:
-    return getattr(x, _TAG, None) if isinstance(x, Tensor) else None
+def _scores(tap: Tap, x: Any) -> _Scores | None:
+    call = tap.current_call()
+    return None if call is None else call.scores.of(x)
 
 
-def _carry(result: Any, scores: _Scores) -> Any:
-    if isinstance(result, Tensor):
-        setattr(result, _TAG, scores)
+def _carry(tap: Tap, result: Any, scores: _Scores) -> Any:
+    call = tap.current_call()
+    if call is not None and isinstance(result, Tensor):
+        call.scores[result] = scores
     return result
 
 
@@ -84,6 +92,8 @@ def _carry(result: Any, scores: _Scores) -> Any:
 
 
 def _matmul(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    if "other" in kwargs:
+        args = (*args, kwargs.pop("other"))
     if len(args) != 2 or kwargs:
         return func(*args, **kwargs)
     left, right = args[::-1] if func is Tensor.__rmatmul__ else args
@@ -91,10 +101,13 @@ def _matmul(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         return func(*args)
     product = _product(tap, left, right, left, right.mT)
     result = torch.matmul(product.left.node, product.right.node.mT)
-    return _carry(result, _Scores((product,)))
+    return _carry(tap, result, _Scores((product,)))
 
 
 def _bmm(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    for name in ("mat2", "batch1", "batch2"):  # operands that were given by name
+        if name in kwargs:
+            args = (*args, kwargs.pop(name))
     if len(args) < 2 or not _may_be_attention(tap, *args[-2:]):
         return func(*args, **kwargs)
     *bias, left, right = args
@@ -103,7 +116,7 @@ def _bmm(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     scores = _Scores((product,))
     if bias and kwargs.get("beta", 1) != 0:
         scores = _masked(scores, result, allowed(bias[0]))
-    return _carry(result, scores)
+    return _carry(tap, result, scores)
 
 
 def _einsum(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +135,7 @@ def _einsum(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         product.left.node.permute(_inverse(left_order)),
         product.right.node.permute(_inverse(right_order)),
     )
-    return _carry(func(equation, *nodes), _Scores((product,), axes))
+    return _carry(tap, func(equation, *nodes), _Scores((product,), axes))
 
 
 def _orders(
@@ -147,16 +160,17 @@ def _orders(
     contracted = [c for c in left if c in right and c not in out]
     kept = [c for c in left + right if c not in contracted]
     repeated = any(len(set(term)) < len(term) for term in (left, right, out))
-    if len(contracted) != 1 or repeated or sorted(set(kept)) != sorted(out):
+    batch = [c for c in left if c in right and c in out]
+    if len(contracted) != 1 or not batch or repeated or sorted(set(kept)) != sorted(out):
         return None
     tokens = []
     for own, other in ((left, right), (right, left)):
         only = [c for c in out if c in own and c not in other and not c.isdigit()]
         # Keys that all heads share leave two such letters, of which h or g is that of the heads.
         only = [c for c in only if c not in "hg"] or only
-        if not only:
+        if len(only) != 1:
             return None
-        tokens.append(only[-1])
+        tokens.append(only[0])
     orders = [
         [term.index(c) for c in out if c in term and c != token]
         + [term.index(token), term.index(contracted[0])]
@@ -174,34 +188,25 @@ def _may_be_attention(tap: Tap, left: Any, right: Any) -> bool:
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return False
     for x in (left, right):
-        scores = _scores(x)
+        scores = _scores(tap, x)
         if scores is not None and not scores.products:  # the softmax's result, times the values
             return False
     if left.is_nested or right.is_nested:
         tap.refuse(left=left, right=right)
-    if min(left.ndim, right.ndim) < 2 or not (
-        left.is_floating_point() and right.is_floating_point()
-    ):
+    # Against a matrix without a batch dimension, or a parameter as it is, it is a linear map.
+    if min(left.ndim, right.ndim) < 3 or isinstance(right, nn.Parameter):
         return False
-    # Against a matrix without a batch dimension, or a parameter, it is a linear map.
-    if min(left.ndim, right.ndim) == 2 and (
-        left.ndim != right.ndim or _is_parameter(left) or _is_parameter(right)
-    ):
+    if not left.is_floating_point() or not right.is_floating_point() or not tap.is_live():
         return False
-    return tap.is_live()
-
-
-def _is_parameter(x: Tensor) -> bool:
-    if isinstance(x, nn.Parameter):
-        return True
-    return not torch.compiler.is_compiling() and isinstance(x._base, nn.Parameter)
+    tap.multiplied = True
+    return True
 
 
 def _product(tap: Tap, left: Tensor, right: Tensor, x: Tensor, y: Tensor) -> _Product:
     """Put nodes on x (..., N, d) and y (..., M, d), which are views of left and right."""
     of_left, of_right = tap.given() or (None, None)
     same = tap.is_self_attention(left, right) and x.shape[-2] == y.shape[-2]
-    return _Product(_operand(tap, x, of_left), _operand(tap, y, of_right), same)
+    return _Product(_operand(tap, x, of_left), _operand(tap, y, of_right), same, [])
 
 
 def _operand(tap: Tap, x: Tensor, given: Tokens | None) -> _Operand:
@@ -224,21 +229,22 @@ def _operand(tap: Tap, x: Tensor, given: Tokens | None) -> _Operand:
 
 def _elementwise(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     result = func(*args, **kwargs)
-    found = [scores for scores in map(_scores, args) if scores is not None]
-    if not found or not _keeps_axes(result, args, found[0]):
+    found = [scores for scores in (_scores(tap, x) for x in args) if scores is not None]
+    if not found or not _keeps_axes(tap, result, args, found[0]):
         return result
     scores = found[0]
     if len(found) > 1 and found[1] is not scores and scores.axes == found[1].axes:
         products = scores.products + found[1].products
-        scores = _Scores(products, scores.axes, both(scores.read, found[1].read))
-    return _carry(result, scores)
+        widened = scores.widened or found[1].widened
+        scores = _Scores(products, scores.axes, both(scores.read, found[1].read), widened)
+    return _carry(tap, result, scores)
 
 
-def _keeps_axes(result: Any, args: Any, scores: _Scores) -> bool:
+def _keeps_axes(tap: Tap, result: Any, args: Any, scores: _Scores) -> bool:
     """Whether the axes of the scores are where they were, at the end of the same size."""
     if not isinstance(result, Tensor):
         return False
-    x = next(x for x in args if _scores(x) is scores)
+    x = next(x for x in args if _scores(tap, x) is scores)
     if result.shape == x.shape:
         return True
     tail = -min(scores.axes)
@@ -247,56 +253,70 @@ def _keeps_axes(result: Any, args: Any, scores: _Scores) -> bool:
 
 def _add(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     result = _elementwise(tap, func, *args, **kwargs)
-    scores = _scores(result)
-    if scores is not None and len(args) > 1:
-        masks = [x for x in args[:2] if isinstance(x, Tensor) and _scores(x) is None]
-        if masks and masks[0].ndim > 1:
-            _carry(result, _masked(scores, result, allowed(masks[0])))
+    scores = _scores(tap, result)
+    masks = [x for x in args[:2] if isinstance(x, Tensor) and _scores(tap, x) is None]
+    if scores is not None and masks and masks[0].dtype != torch.bool:
+        mask = masks[0].detach() * kwargs.get("alpha", 1)
+        _carry(tap, result, _masked(scores, result, allowed(mask)))
     return result
 
 
 def _sub(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     result = _elementwise(tap, func, *args, **kwargs)
-    scores = _scores(result)
-    if scores is not None and _scores(args[0]) is not None and isinstance(args[1], Tensor):
-        mask = args[1]
-        if mask.ndim > 1 and mask.shape[-1] > 1:  # not the maximum of each row
-            _carry(result, _masked(scores, result, allowed(-mask.detach())))
+    scores = _scores(tap, result)
+    if scores is None or len(args) < 2 or not isinstance(args[1], Tensor):
+        return result
+    if _scores(tap, args[1]) is None and args[1].ndim and args[1].shape[-1] > 1:
+        mask = -args[1].detach() * kwargs.get("alpha", 1)  # it is no maximum of each row
+        _carry(tap, result, _masked(scores, result, allowed(mask)))
     return result
 
 
 def _masked_fill(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     result = _elementwise(tap, func, *args, **kwargs)
-    scores = _scores(result)
+    scores = _scores(tap, result)
     if scores is not None:
-        where, value = (*args[1:], *kwargs.values())
-        _carry(result, _masked(scores, result, allowed_by_fill(where, value)))
+        where = args[1] if len(args) > 1 else kwargs["mask"]
+        value = args[2] if len(args) > 2 else kwargs["value"]
+        _carry(tap, result, _masked(scores, result, allowed_by_fill(where.bool(), value)))
     return result
 
 
 def _where(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     result = _elementwise(tap, func, *args, **kwargs)
-    scores = _scores(result)
+    scores = _scores(tap, result)
     if scores is not None and len(args) == 3:
-        condition, x, y = args if args[0].dtype == torch.bool else (args[1], args[0], args[2])
-        if _scores(x) is None:
+        # torch.where(condition, x, y) or x.where(condition, y)
+        condition, x, y = args if _scores(tap, args[0]) is None else (args[1], args[0], args[2])
+        condition = condition.bool()
+        if _scores(tap, x) is None:
             condition, y = ~condition, x
-        _carry(result, _masked(scores, result, allowed_by_fill(~condition, y)))
+        _carry(tap, result, _masked(scores, result, allowed_by_fill(~condition, y)))
     return result
 
 
 def _setitem(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     func(*args, **kwargs)
     x, index, value = args
-    scores = _scores(x)
+    scores = _scores(tap, x)
     by_mask = isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim == x.ndim
     if scores is not None and by_mask and not (isinstance(value, Tensor) and value.ndim):
-        _carry(x, _masked(scores, x, allowed_by_fill(index, value)))
+        _carry(tap, x, _masked(scores, x, allowed_by_fill(index, value)))
+
+
+def _forget(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Change the order of the axes in place."""
+    result = func(*args, **kwargs)
+    call = tap.current_call()
+    if call is not None and _scores(tap, args[0]) is not None:
+        call.scores[args[0]] = None
+    return result
 
 
 def _masked(scores: _Scores, x: Tensor, allowed: Tensor) -> _Scores:
     """Return the scores x after a mask that is broadcast to them."""
-    if not any(side.switches for product in scores.products for side in product[:2]):
+    switches = [side.switches for product in scores.products for side in product[:2]]
+    if scores.widened or not any(switches):
         return scores
     allowed = allowed[(None,) * (x.ndim - allowed.ndim)]
     told = read(allowed.movedim(scores.axes, (-2, -1)), x.ndim)
@@ -305,13 +325,14 @@ def _masked(scores: _Scores, x: Tensor, allowed: Tensor) -> _Scores:
 
 def _permute(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     result = func(*args, **kwargs)
-    scores = _scores(args[0])
+    scores = _scores(tap, args[0])
     if scores is None:
         return result
     ndim = args[0].ndim
     order = list(range(ndim))
     if func.__name__ == "permute":
-        dims = args[1:] if isinstance(args[1], int) else args[1]
+        dims = kwargs["dims"] if len(args) == 1 else args[1]
+        dims = args[1:] if isinstance(dims, int) else dims
         order = [dim % ndim for dim in dims]
     elif len(args) == 3:
         a, b = (dim % ndim for dim in args[1:])
@@ -321,7 +342,7 @@ def _permute(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     else:
         return result
     axes = tuple(order.index(axis + ndim) - ndim for axis in scores.axes)
-    return _carry(result, _Scores(scores.products, axes, scores.read))
+    return _carry(tap, result, _Scores(scores.products, axes, scores.read, scores.widened))
 
 
 def _get(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -334,9 +355,10 @@ def _get(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
 def _cat(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     result = func(*args, **kwargs)
     tensors = args[0] if isinstance(args[0], (list, tuple)) else ()
-    found = [scores for scores in map(_scores, tensors) if scores is not None]
-    if len(found) == 1 and _scores(tensors[0]) is found[0]:  # an attention sink is a further key
-        _carry(result, found[0])
+    found = [scores for scores in (_scores(tap, x) for x in tensors) if scores is not None]
+    if len(found) == 1:  # an attention sink is a further key
+        scores = found[0]
+        _carry(tap, result, _Scores(scores.products, scores.axes, scores.read, widened=True))
     return result
 
 
@@ -344,23 +366,29 @@ def _cat(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    scores = _scores(args[0]) if args else None
+    scores = _scores(tap, args[0]) if args else None
     if scores is None:
+        if tap.multiplied:
+            tap.lost = True
         return func(*args, **kwargs)
     if not scores.products:
-        return _carry(func(*args, **kwargs), scores)
+        return _carry(tap, func(*args, **kwargs), scores)
     x, *rest = args
     dim = kwargs.get("dim", rest[0] if rest else None)
     axis = dim - x.ndim if isinstance(dim, int) and dim >= 0 else dim
     if axis not in scores.axes:
         return func(*args, **kwargs)
     for product in scores.products:
-        x = _switch_on(tap, x, product, scores.read, swapped=axis == scores.axes[0])
-    return _carry(func(x, *rest, **kwargs), _WEIGHTS)
+        # Where there are softmaxes over both axes, the first one tells which are the keys.
+        if not product.swapped:
+            product.swapped.append(axis == scores.axes[0])
+        x = _switch_on(tap, x, product, scores.read)
+    return _carry(tap, func(x, *rest, **kwargs), _WEIGHTS)
 
 
-def _switch_on(tap: Tap, x: Tensor, product: _Product, read: Read, swapped: bool) -> Tensor:
+def _switch_on(tap: Tap, x: Tensor, product: _Product, read: Read) -> Tensor:
     query, key = product.left, product.right
+    (swapped,) = product.swapped
     if swapped:
         query, key = key, query
         read = read and read[::-1]
@@ -402,6 +430,8 @@ HANDLERS: dict[str, Handler] = {
     "__setitem__": _setitem,
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "permute"), _permute),
     "__get__": _get,
+    **dict.fromkeys(("transpose_", "swapaxes_", "swapdims_", "t_", "squeeze_"), _forget),
+    **dict.fromkeys(("unsqueeze_", "resize_", "resize_as_", "copy_"), _forget),
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     "softmax": _softmax,
 }

@@ -11,75 +11,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Streams", "tensors_in"]
+from spanopt.taps.notes import Notes
 
-_TAG = "_spanopt_streams"
+__all__ = ["Streams"]
 
 
 class Streams:
     """The inputs of one call of one layer, and what is computed from them.
 
     Args:
-        inputs: Floating-point inputs.
+        arguments: What the layer was called with.
     """
 
-    def __init__(self, inputs: list[Tensor]) -> None:
-        self.inputs = inputs
-        # Dynamo sets no attributes on tensors that come in a tuple; compiled code keeps no list.
-        self._traced: list[tuple[Tensor, int]] = []
+    def __init__(self, arguments: Any) -> None:
+        floats = [x for x in _tensors_in(arguments) if x.is_floating_point()]
+        # Angles, temperatures and the like are of one side only at times, and have no gradient.
+        self._inputs = [x for x in floats if x.requires_grad] or floats
+        self._notes: Notes[int] = Notes()
 
     def of(self, x: Tensor) -> int:
         """Return the inputs that a tensor was computed from, a bit for each."""
-        for bit, stream in enumerate(self.inputs):
+        for bit, stream in enumerate(self._inputs):
             if x is stream:
                 return 1 << bit
-        if torch.compiler.is_compiling():
-            for other, bits in self._traced:
-                if x is other:
-                    return bits
-            return 0
-        tag = getattr(x, _TAG, None)
-        return tag.bits if tag is not None and tag.streams is self else 0
+        return self._notes.of(x) or 0
+
+    def are_one(self, x: Tensor, y: Tensor) -> bool:
+        """Return whether two tensors were computed from the same inputs."""
+        bits = (self.of(x), self.of(y))
+        # Dynamo shows no properties, such as the transpose k.mT: with one input it is of that.
+        if torch.compiler.is_compiling() and len(self._inputs) == 1:
+            bits = (bits[0] or bits[1], bits[1] or bits[0])
+        return bits[0] != 0 and bits[0] == bits[1]
 
     def follow(self, result: Any, args: Any, kwargs: Any) -> None:
         """Note what the result of a call was computed from."""
         bits = 0
-        for x in tensors_in((args, kwargs)):
+        for x in _tensors_in((args, kwargs)):
             bits |= self.of(x)
         if not bits:
             return
-        for x in tensors_in(result):
-            if any(x is stream for stream in self.inputs):
-                continue
-            if torch.compiler.is_compiling():
-                self._traced.insert(0, (x, bits))
-            else:
-                setattr(x, _TAG, _Tag(self, bits))
+        # Without a result it is an assignment to a part of the first argument.
+        for x in _tensors_in(args[:1] if result is None else result):
+            if not any(x is stream for stream in self._inputs):
+                self._notes[x] = bits
+
+    def close(self) -> None:
+        """Take what was noted off the tensors."""
+        self._notes.close()
 
 
-class _Tag:
-    """Kept as an attribute of a tensor; a copy or pickle of the tensor has none of it."""
-
-    def __init__(self, streams: Streams, bits: int) -> None:
-        self.streams = streams
-        self.bits = bits
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return bool, ()
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors in nested tuples, lists and dicts.
-
-    Example:
-        >>> import torch
-        >>> len(tensors_in((torch.ones(1), {"mask": [torch.ones(2), None]})))
-        2
-    """
+def _tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (tuple, list)):
-        return [x for item in value for x in tensors_in(item)]
+        return [x for item in value for x in _tensors_in(item)]
     return []

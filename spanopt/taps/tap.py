@@ -22,9 +22,10 @@ from spanopt.node import span_node, uniform_node
 from spanopt.scale import Factor, SpanScale
 from spanopt.sites import AttentionSite
 from spanopt.taps.masks import Read, Tokens, real_tokens
-from spanopt.taps.streams import Streams, tensors_in
+from spanopt.taps.notes import Notes
+from spanopt.taps.streams import Streams
 
-__all__ = ["Handler", "SideScale", "Tap", "live_taps", "remove_stale", "thread"]
+__all__ = ["Call", "Handler", "SideScale", "Tap", "live_taps", "remove_stale", "thread"]
 
 
 class SideScale(NamedTuple):
@@ -90,6 +91,33 @@ class SideScale(NamedTuple):
         )
 
 
+class Call:
+    """One call of a layer that is watched.
+
+    Attributes:
+        tap: The layer's tap.
+        outer: The watched call that this one is made in.
+        streams: Which tensors were computed from which of the layer's inputs.
+        scores: What the softmax tap knows of tensors.
+    """
+
+    def __init__(self, tap: Tap, outer: Call | None, arguments: Any) -> None:
+        self.tap = tap
+        self.outer = outer
+        self.streams = Streams(arguments)
+        self.scores: Notes[Any] = Notes()
+
+    def close(self) -> None:
+        """Leave nothing on the tensors."""
+        self.streams.close()
+        self.scores.close()
+
+
+class _Calls:
+    def __init__(self) -> None:
+        self.innermost: Call | None = None
+
+
 class _Thread(threading.local):
     """What the taps of one thread share.
 
@@ -97,6 +125,8 @@ class _Thread(threading.local):
         busy: A call is in the hands of a tap. It goes on to the tap of an enclosing layer, of this
             attachment or another, which must leave it alone.
         probing: Calls are looked for even where gradients are off.
+        calls: The innermost call that is watched. In an object of its own: compiled code does not
+            write to a ``threading.local``.
         tokens: Real tokens of queries and keys by layer name, as :func:`spanopt.token_mask` gives
             them, shape ``(B, N)``.
     """
@@ -104,6 +134,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:  # once in every thread; Dynamo guards on class attributes badly
         self.busy = False
         self.probing = False
+        self.calls = _Calls()
         self.tokens: Mapping[str, tuple[Tokens | None, Tokens | None]] | None = None
 
 
@@ -123,7 +154,8 @@ class Tap(TorchFunctionMode):
             optimizer clears it after each step.
         entered: Set when the layer has run while taps watched.
         called: Set when any attention call was made.
-        running: Whether the layer is running and watched.
+        multiplied: Set in a call when activations were multiplied as queries and keys may be.
+        lost: Set when, after that, a softmax was taken of something else.
         removed: Set when the tap was taken off its layer: it then does nothing.
     """
 
@@ -140,10 +172,11 @@ class Tap(TorchFunctionMode):
         self.seen = False
         self.entered = False
         self.called = False
-        self.running = False
+        self.multiplied = False
+        self.lost = False
         self.removed = False
         self._handlers = handlers
-        self._streams: Streams | None = None
+        self._given_before = False
         self.set_scale(scale)
         live_taps.add(self)
 
@@ -167,49 +200,83 @@ class Tap(TorchFunctionMode):
             self._check_heads("key", key, self.site.kv_heads)
         self.query, self.key = query, key
 
-    def enter(self, inputs: Any = ()) -> None:
+    def enter(self, arguments: Any = ()) -> None:
         """Start watching this thread's calls.
 
         Args:
-            inputs: The layer's arguments.
+            arguments: What the layer was called with.
+
+        Raises:
+            RuntimeError: Activation checkpointing runs the layer once more, for its backward pass,
+                outside of the ``token_mask`` that it ran in before.
         """
-        remove_stale()
-        self.entered = self.running = True
-        # A layer with a single input was given no mask of its tokens.
-        tensors = tensors_in(inputs)
-        self._streams = None
-        if len(tensors) > 1:
-            self._streams = Streams([x for x in tensors if x.is_floating_point()])
+        if not torch.compiler.is_compiling():
+            remove_stale(self)
+            if torch._C._current_graph_task_id() == -1:  # no backward pass is under way
+                self._given_before = self.given() is not None
+            elif self._given_before and self.given() is None:
+                raise RuntimeError(
+                    f"layer {self.site.name!r} runs again in the backward pass, for activation "
+                    "checkpointing, outside of the token_mask that its forward pass was in: call "
+                    "backward() inside `with spanopt.token_mask(...)`"
+                )
+        self.entered = True
+        self.multiplied = False
+        thread.calls.innermost = Call(self, thread.calls.innermost, arguments)
         _push_mode(self)
 
     def leave(self) -> None:
         """Stop watching, wherever on the stack of function modes the tap is by now."""
-        self._streams = None
-        self.running = False
+        self.forget_call()
         if torch.compiler.is_compiling():
             _pop_mode()
         else:
             _take_out(self)
+
+    def current_call(self) -> Call | None:
+        """Return the innermost call of the layer that is watched in this thread."""
+        call = thread.calls.innermost
+        # Traced code is never stale, and Dynamo does not always know a tap for itself again.
+        while call is not None and not torch.compiler.is_compiling() and call.tap is not self:
+            call = call.outer
+        return call
+
+    def forget_call(self) -> None:
+        """Forget the innermost call of the layer in this thread."""
+        call = self.current_call()
+        if call is None:
+            return
+        call.close()
+        if thread.calls.innermost is call:
+            thread.calls.innermost = call.outer
+            return
+        inner = thread.calls.innermost
+        while inner is not None and inner.outer is not call:
+            inner = inner.outer
+        if inner is not None:
+            inner.outer = call.outer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         handler = self._handlers.get(getattr(func, "__name__", ""))
         if func is Tensor.unflatten:
             func = _unflatten
-        if thread.busy:
+        call = self.current_call()
+        if thread.busy or call is None:
             return func(*args, **kwargs)
         thread.busy = True
         try:
             result = handler(self, func, *args, **kwargs) if handler else func(*args, **kwargs)
         finally:
             thread.busy = False
-        if self._streams is not None:
-            self._streams.follow(result, args, kwargs)
+        call.streams.follow(result, args, kwargs)
         return result
 
     def is_live(self) -> bool:
         """Whether the layer is running, so that calls are its own."""
-        return not self.removed and (torch.compiler.is_compiling() or _is_running(self.site.module))
+        return not self.removed and (
+            torch.compiler.is_compiling() or _calls_of(self.site.module) > 0
+        )
 
     def observe(self, query: Tensor, key: Tensor, tap: str) -> None:
         """Note the Q and K of an attention call, before the nodes are put on them.
@@ -292,10 +359,12 @@ class Tap(TorchFunctionMode):
 
     def is_self_attention(self, query: Tensor, key: Tensor) -> bool:
         """Whether Q and K were computed from the same of the layer's inputs."""
-        if self._streams is None:
-            return False
-        source = self._streams.of(query)
-        return source != 0 and source == self._streams.of(key)
+        call = self.current_call()
+        return call is not None and call.streams.are_one(query, key)
+
+    def is_attention(self) -> bool:
+        """Whether the layer is attention: beyond doubt, or by what it did when it ran."""
+        return self.site.certain or self.called or self.lost
 
     def refuse_vmap(self, *tensors: Tensor | None) -> None:
         """Refuse tensors that don't tell whether they take part in differentiation.
@@ -363,16 +432,23 @@ def _unflatten(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return x.unflatten(*args, **kwargs)
 
 
-def remove_stale() -> None:
+def remove_stale(entering: Tap | None = None) -> None:
     """Take taps off this thread's stack whose layer is not running any more.
 
     Module hooks are not called when a forward pass ends in a KeyboardInterrupt, as that of a
     notebook cell, so the tap stays on the stack. Until it is taken off it passes calls through.
+
+    Args:
+        entering: A tap whose layer is being called and that is not on the stack for it yet.
     """
-    if not torch.compiler.is_compiling():
-        for mode in _get_current_function_mode_stack():
-            if isinstance(mode, Tap) and (mode.removed or not _is_running(mode.site.module)):
-                _take_out(mode)
+    if torch.compiler.is_compiling():
+        return
+    stack = _get_current_function_mode_stack()
+    for tap in {mode for mode in stack if isinstance(mode, Tap)}:
+        running = 0 if tap.removed else _calls_of(tap.site.module) - (tap is entering)
+        for _ in range(stack.count(tap) - max(running, 0)):
+            tap.forget_call()
+            _take_out(tap)
 
 
 def _take_out(tap: Tap) -> None:
@@ -386,16 +462,18 @@ def _take_out(tap: Tap) -> None:
         _push_mode(mode)
 
 
-def _is_running(module: nn.Module) -> bool:
-    """Whether this thread is inside a call of the module."""
+def _calls_of(module: nn.Module) -> int:
+    """Return how many calls of the module this thread is inside of."""
+    calls, forwards = 0, 0
     frame = sys._getframe(1)
     while frame is not None:
         # By name: torch.compile replaces the code, and the name then only contains the old one.
         name = frame.f_code.co_name
         if ("_call_impl" in name or "forward" in name) and frame.f_locals.get("self") is module:
-            return True
+            calls += "_wrapped_call_impl" in name
+            forwards += 1
         frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return calls or min(forwards, 1)
 
 
 Handler: TypeAlias = Callable[..., Any]
