@@ -1,0 +1,627 @@
+"""Training models of other libraries and styles, against references that know nothing of spanopt.
+
+A reference is a copy of the model whose Q and K get oracle hooks by a way of its own: a hook on
+x-transformers' attention core, an attention function registered with transformers, or a subclass
+of the layer that computes its attention by plain mathematics.
+"""
+
+import copy
+import math
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from einops import rearrange
+from einops.layers.torch import Rearrange
+from families import GROUPED, NO_DROPOUT, SCALES, hooked
+from models import mha_reference
+from peft.tuners.lora import Linear as LoraLinear
+from test_transformers import gradients, largest_error, pad, ragged, wrap
+from torch import einsum, nn
+from torch.nn import functional as F
+from x_transformers import Decoder, Encoder, TransformerWrapper
+from x_transformers.attend import Attend
+
+from spanopt import find_attention
+
+VOCABULARY, BATCH, LENGTH, WIDTH, HEADS, DIM = 40, 3, 12, 32, 4, 8
+
+
+# Blocks as they are written in the wild, each with a subclass that is its reference.
+
+
+def attend(q, k, v, *, scale=None, real=None, causal=False, dropout=0.0):
+    """Attention by plain mathematics, (B, H, N, d), with oracle hooks on Q and K."""
+    q, k = hooked(q, k)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    return F.dropout(scores.softmax(-1), dropout) @ v
+
+
+def split(x):
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+def merge(x):
+    return x.transpose(1, 2).flatten(-2)
+
+
+class NanoAttention(nn.Module):
+    """nanoGPT's, with both of its branches."""
+
+    def __init__(self, flash, dropout=0.1):
+        super().__init__()
+        self.flash, self.dropout = flash, dropout
+        self.n_head, self.n_embd = HEADS, WIDTH
+        self.c_attn = nn.Linear(WIDTH, 3 * WIDTH)
+        self.c_proj = nn.Linear(WIDTH, WIDTH)
+        self.attn_dropout = nn.Dropout(dropout)
+        self.resid_dropout = nn.Dropout(dropout)
+        mask = torch.tril(torch.ones(2 * LENGTH, 2 * LENGTH))
+        self.register_buffer("bias", mask.view(1, 1, 2 * LENGTH, 2 * LENGTH))
+
+    def forward(self, x):
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        if self.flash:
+            p = self.dropout if self.training else 0
+            y = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=None, dropout_p=p, is_causal=True
+            )
+        else:
+            att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+            att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
+            att = F.softmax(att, dim=-1)
+            att = self.attn_dropout(att)
+            y = att @ v
+        y = y.transpose(1, 2).contiguous().view(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class NanoReference(NanoAttention):
+    def forward(self, x):
+        q, k, v = map(split, self.c_attn(x).chunk(3, -1))
+        y = attend(q, k, v, causal=True, dropout=self.dropout)
+        return self.resid_dropout(self.c_proj(merge(y)))
+
+
+class CrossAttention(nn.Module):
+    """lucidrains', as in his Perceiver: for context or for itself, heads apart or merged."""
+
+    def __init__(self, merged=False):
+        super().__init__()
+        self.merged = merged
+        self.scale = DIM**-0.5
+        self.heads = HEADS
+        self.norm = nn.LayerNorm(WIDTH)
+        self.attend = nn.Softmax(dim=-1)
+        self.to_q = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.to_kv = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
+        self.to_out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, context=None, mask=None):
+        x = self.norm(x)
+        context = x if context is None else context
+        q, (k, v) = self.to_q(x), self.to_kv(context).chunk(2, dim=-1)
+        if self.merged:
+            return self.with_merged_heads(q, k, v, mask)
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v))
+        sim = einsum("b h i d, b h j d -> b h i j", q, k) * self.scale
+        if mask is not None:
+            mask = rearrange(mask, "b j -> b 1 1 j")
+            sim = sim.masked_fill(~mask, -torch.finfo(sim.dtype).max)
+        out = einsum("b h i j, b h j d -> b h i d", self.attend(sim), v)
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+    def with_merged_heads(self, q, k, v, mask):
+        q, k, v = (rearrange(t, "b n (h d) -> (b h) n d", h=self.heads) for t in (q, k, v))
+        sim = einsum("b i d, b j d -> b i j", q, k) * self.scale
+        if mask is not None:
+            mask = mask[:, None, None].expand(-1, self.heads, -1, -1).flatten(0, 1)
+            sim.masked_fill_(~mask, -torch.finfo(sim.dtype).max)
+        out = einsum("b i j, b j d -> b i d", sim.softmax(dim=-1), v)
+        return self.to_out(rearrange(out, "(b h) n d -> b n (h d)", h=self.heads))
+
+
+class CrossReference(CrossAttention):
+    def forward(self, x, context=None, mask=None):
+        x = self.norm(x)
+        k, v = self.to_kv(x if context is None else context).chunk(2, -1)
+        return self.to_out(merge(attend(*map(split, (self.to_q(x), k, v)))))
+
+
+class ViTAttention(nn.Module):
+    """vit-pytorch's."""
+
+    def __init__(self, dropout=0.1):
+        super().__init__()
+        self.heads, self.scale = HEADS, DIM**-0.5
+        self.norm = nn.LayerNorm(WIDTH)
+        self.attend = nn.Softmax(dim=-1)
+        self.dropout = nn.Dropout(dropout)
+        self.to_qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(dropout))
+
+    def forward(self, x):
+        x = self.norm(x)
+        qkv = self.to_qkv(x).chunk(3, dim=-1)
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in qkv)
+        dots = torch.matmul(q, k.transpose(-1, -2)) * self.scale
+        attn = self.attend(dots)
+        attn = self.dropout(attn)
+        out = torch.matmul(attn, v)
+        out = rearrange(out, "b h n d -> b n (h d)")
+        return self.to_out(out)
+
+
+class ViTReference(ViTAttention):
+    def forward(self, x):
+        q, k, v = map(split, self.to_qkv(self.norm(x)).chunk(3, -1))
+        return self.to_out(merge(attend(q, k, v, dropout=self.dropout.p)))
+
+
+REFERENCES = {
+    NanoAttention: NanoReference,
+    CrossAttention: CrossReference,
+    ViTAttention: ViTReference,
+}
+
+
+def feed_forward():
+    return nn.Sequential(
+        nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)
+    )
+
+
+class Stack(nn.Module):
+    """A language model of such blocks; all of them in a loop, as a universal transformer has it."""
+
+    def __init__(self, *blocks, loops=1):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.position = nn.Parameter(torch.zeros(2 * LENGTH, WIDTH))
+        self.step = nn.Embedding(loops, WIDTH)
+        self.blocks = nn.ModuleList(blocks)
+        self.feed_forwards = nn.ModuleList(feed_forward() for _ in blocks)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, text):
+        x = self.embed(text) + self.position[: text.shape[1]]
+        for step in self.step.weight:
+            x = x + step
+            for block, feed_forward in zip(self.blocks, self.feed_forwards, strict=True):
+                x = x + block(x)
+                x = x + feed_forward(x)
+        return self.head(x)
+
+
+class Perceiver(nn.Module):
+    """Latents that look at the text and at themselves, all layers tied, as in the paper."""
+
+    def __init__(self, merged, loops=3):
+        super().__init__()
+        self.loops = loops
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.position = nn.Parameter(torch.zeros(2 * LENGTH, WIDTH))
+        self.latents = nn.Parameter(torch.randn(LENGTH, WIDTH))
+        self.cross = CrossAttention(merged)
+        self.latent = CrossAttention(merged)
+        self.feed_forward = feed_forward()
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, text, mask=None):
+        context = self.embed(text) + self.position[: text.shape[1]]
+        x = self.latents.expand(len(text), -1, -1)
+        for _ in range(self.loops):
+            x = x + self.cross(x, context=context, mask=mask)
+            x = x + self.latent(x)
+            x = x + self.feed_forward(x)
+        return self.head(x)
+
+
+class ViT(nn.Module):
+    def __init__(self, depth=2, patch=2, side=8):
+        super().__init__()
+        self.to_patch_embedding = nn.Sequential(
+            Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=patch, p2=patch),
+            nn.Linear(3 * patch**2, WIDTH),
+            nn.LayerNorm(WIDTH),
+        )
+        self.pos_embedding = nn.Parameter(torch.randn(1, (side // patch) ** 2 + 1, WIDTH))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.layers = nn.ModuleList(
+            nn.ModuleList([ViTAttention(), feed_forward()]) for _ in range(depth)
+        )
+        self.mlp_head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, images):
+        x = self.to_patch_embedding(images)
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + self.pos_embedding
+        for attention, feed_forward in self.layers:
+            x = attention(x) + x
+            x = feed_forward(x) + x
+        return self.mlp_head(x[:, 0])
+
+
+class TorchSeq2Seq(nn.Module):
+    """``nn.Transformer`` between embeddings."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.position = nn.Parameter(torch.zeros(2 * LENGTH, WIDTH))
+        self.transformer = nn.Transformer(WIDTH, HEADS, 2, 2, 48, dropout=0.0, **options)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, source, target, mask=None):
+        causal = nn.Transformer.generate_square_subsequent_mask(
+            target.shape[1], dtype=self.position.dtype
+        )
+        inputs = [self.embed(text) + self.position[: text.shape[1]] for text in (source, target)]
+        first = self.transformer.batch_first
+        padding = None if mask is None else ~mask
+        y = self.transformer(
+            *(inputs if first else [x.transpose(0, 1) for x in inputs]),
+            tgt_mask=causal,
+            tgt_is_causal=True,
+            src_key_padding_mask=padding,
+            memory_key_padding_mask=padding,
+        )
+        return self.head(y if first else y.transpose(0, 1))
+
+
+class XSeq2Seq(nn.Module):
+    """An encoder and a decoder of x-transformers, as its XTransformer joins them."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.encoder = x_transformer(Encoder, **options)
+        self.decoder = x_transformer(Decoder, cross_attend=True, **options)
+
+    def forward(self, source, target, mask=None):
+        context = self.encoder(source, mask=mask, return_embeddings=True)
+        return self.decoder(target, context=context, context_mask=mask)
+
+
+def x_transformer(layers, **options):
+    options = {"depth": 2, "heads": HEADS, "attn_dim_head": DIM, "ff_mult": 1, **options}
+    return TransformerWrapper(
+        num_tokens=VOCABULARY, max_seq_len=2 * LENGTH, attn_layers=layers(dim=WIDTH, **options)
+    )
+
+
+# The ways of the references to Q and K.
+
+
+def refer(model):
+    """Make a model its own reference."""
+    if isinstance(model, hf.PreTrainedModel):
+        # Llama's eager softmax is in float32 whatever the dtype of the model.
+        rounds = (model.config.model_type, model.config._attn_implementation) == ("llama", "eager")
+        model.set_attn_implementation("oracle_float32" if rounds else "oracle")
+    elif isinstance(model, peft.PeftModel):
+        refer(model.get_base_model())
+    for module in model.modules():
+        if type(module) in REFERENCES:
+            module.__class__ = REFERENCES[type(module)]
+        elif isinstance(module, nn.MultiheadAttention):
+            module.forward = types.MethodType(packed_attention, module)
+        elif isinstance(module, Attend):
+            module.register_forward_pre_hook(on_q_and_k)
+    return model
+
+
+def on_q_and_k(module, args):
+    q, k, v = args
+    return *hooked(q, k), v
+
+
+def packed_attention(self, query, key, value, attn_mask=None, **kwargs):
+    inputs = (query, key, value)
+    if self.batch_first:
+        inputs = [x.transpose(0, 1) for x in inputs]
+    y = mha_reference(self, *inputs, bias=attn_mask, scales=SCALES)
+    return (y.transpose(0, 1) if self.batch_first else y), None
+
+
+# The models.
+
+
+def text(length=LENGTH):
+    return torch.randint(3, VOCABULARY, (BATCH, length))
+
+
+def one_text():
+    return (text(),)
+
+
+def two_texts():
+    return text(LENGTH + 2), text()
+
+
+def images():
+    return (torch.randn(BATCH, 3, 8, 8, dtype=torch.float64),)
+
+
+def nano(flash, blocks=1, loops=1):
+    return Stack(*(NanoAttention(flash) for _ in range(blocks)), loops=loops)
+
+
+def lucidrains(merged):
+    return Stack(CrossAttention(merged), CrossAttention(merged))
+
+
+def packed_universal():
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=True)
+    return Stack(layer, loops=3)
+
+
+def albert(attention):
+    config = hf.AlbertConfig(
+        vocab_size=VOCABULARY,
+        embedding_size=16,
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=HEADS,
+        max_position_embeddings=2 * LENGTH,
+        pad_token_id=0,
+        attn_implementation=attention,
+        **NO_DROPOUT,
+    )
+    return hf.AlbertForMaskedLM(config)
+
+
+def llama(attention, adapter):
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, attn_implementation=attention)).double()
+    return peft.get_peft_model(model, copy.deepcopy(adapter), autocast_adapter_dtype=False)
+
+
+def lora(*targets, **options):
+    return peft.LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), **options)
+
+
+@dataclass(frozen=True)
+class Case:
+    library: str
+    model: str
+    attention: str
+    tap: str
+    layers: int
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], tuple] = one_text
+
+    def __str__(self):
+        return (
+            "-".join((self.library, self.model, self.attention)).replace(",", "").replace(" ", "-")
+        )
+
+
+X_TRANSFORMERS = {
+    "Decoder": (partial(x_transformer, Decoder), one_text, 2),
+    "Encoder": (partial(x_transformer, Encoder), one_text, 2),
+    "encoder-decoder": (XSeq2Seq, two_texts, 6),
+}
+ROTARY = {"rotary_pos_emb": True, "rotary_emb_dim": DIM}
+OF_ALL = {
+    "": {},
+    ", rotary": ROTARY,
+    ", qk-norm": {"attn_qk_norm": True},
+    ", one_kv_head": {"attn_one_kv_head": True},
+    ", kv_heads": {"attn_kv_heads": 2, **ROTARY},
+}
+OF_DECODERS = {
+    ", mem_kv": {"attn_num_mem_kv": 2},
+    ", ALiBi": {"alibi_pos_bias": True},
+    ", dropout": {"attn_dropout": 0.1, "ff_dropout": 0.1},
+    ", tied": {"depth": 3, "weight_tie_layers": True},
+}
+OF_MANUAL_DECODERS = {
+    ", talking heads": {"attn_pre_talking_heads": True, "attn_post_talking_heads": True},
+    ", learned sink": {"attn_head_learned_sink": True},
+    ", residual_attn": {"residual_attn": True},
+}
+ADAPTERS = {
+    "LoRA q k": lora("q_proj", "k_proj"),
+    "LoRA q k v": lora("q_proj", "k_proj", "v_proj", lora_dropout=0.1),
+    "DoRA q k v": lora("q_proj", "k_proj", "v_proj", use_dora=True),
+    "prefix tuning": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+}
+
+
+def x_transformers_cases(tap, way):
+    for model, (build, inputs, layers) in X_TRANSFORMERS.items():
+        variants = dict(OF_ALL)
+        if model == "Decoder":
+            variants |= OF_DECODERS | (OF_MANUAL_DECODERS if way == "manual" else {})
+        for name, options in variants.items():
+            built = partial(build, attn_flash=way == "flash", **options)
+            count = 1 if "weight_tie_layers" in options else layers
+            yield Case("x-transformers", model + name, way, tap, count, built, inputs)
+
+
+def cases():
+    for tap, way in (("score", "flash"), ("softmax", "manual")):
+        yield from x_transformers_cases(tap, way)
+        flash = way == "flash"
+        yield Case("nanoGPT", "GPT", way, tap, 2, partial(nano, flash, blocks=2))
+        yield Case("nanoGPT", "universal transformer", way, tap, 1, partial(nano, flash, loops=3))
+    for merged in (False, True):
+        way = "manual, merged heads" if merged else "manual"
+        yield Case("lucidrains", "GPT", way, "softmax", 2, partial(lucidrains, merged))
+        yield Case("lucidrains", "Perceiver", way, "softmax", 2, partial(Perceiver, merged))
+    yield Case("vit-pytorch", "ViT", "manual", "softmax", 2, ViT, images)
+    for first in (True, False):
+        build = partial(TorchSeq2Seq, batch_first=first)
+        name = f"nn.Transformer, batch_first={first}"
+        yield Case("torch", name, "packed", "packed", 6, build, two_texts)
+    yield Case("torch", "universal transformer", "packed", "packed", 1, packed_universal)
+    for tap, way in (("score", "sdpa"), ("softmax", "eager")):
+        yield Case("transformers", "ALBERT", way, tap, 1, partial(albert, way))
+        for name, adapter in ADAPTERS.items():
+            yield Case("peft", f"Llama, {name}", way, tap, 2, partial(llama, way, adapter))
+
+
+# The parameters that are trained and make Q and K, and the share of their rows that does: where
+# they are fused, V comes last.
+SHARES = {
+    "to_q.weight": 1,
+    "to_k.weight": 1,
+    "to_kv.weight": 1 / 2,
+    "to_qkv.weight": 2 / 3,
+    "c_attn.weight": 2 / 3,
+    "in_proj_weight": 2 / 3,
+    "attention.query.weight": 1,
+    "attention.key.weight": 1,
+    "q_proj.lora_A.default.weight": 1,
+    "q_proj.lora_B.default.weight": 1,
+    "k_proj.lora_A.default.weight": 1,
+    "k_proj.lora_B.default.weight": 1,
+    "prompt_encoder.default.embedding.weight": 1,
+}
+
+
+def differs(name, unscaled, scaled):
+    """Whether the gradients of nearly all rows that make Q or K differ by a tenth or more."""
+    (share,) = (share for suffix, share in SHARES.items() if name.endswith(suffix))
+    rows = slice(round(share * len(scaled)))
+    worst, size = ((x[rows]).abs().amax(1) for x in (scaled - unscaled, scaled))
+    return (size > 1e-7).all() and (worst > 0.1 * size).double().mean() > 0.8
+
+
+def shaken(model):
+    """Take weights, biases and norms far from where they usually start."""
+    model.double()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def output_of(model, inputs, seed=0):
+    torch.manual_seed(seed)  # for dropout
+    output = model(*inputs)
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def loss_of(output):
+    """Against targets that are always the same, for logits of any leading dimensions."""
+    targets = torch.arange(output[..., 0].numel()) % VOCABULARY
+    return F.cross_entropy(output.flatten(0, -2), targets)
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=str)
+def test_five_steps_on_the_gradients_of_the_reference(case, record_property):
+    model, inputs, error = shaken(case.build()), case.inputs(), 0.0
+    bare, reference = copy.deepcopy(model), refer(copy.deepcopy(model))
+    projections = [n for n, _ in model.named_parameters() if n.endswith(tuple(SHARES))]
+    assert projections
+    optimizer = wrap(model)
+    for step in range(5):
+        after = output_of(model, inputs, step)
+        actual = gradients(model, loss_of(after))
+        if step in (0, 4):
+            for copied in (bare, reference):
+                copied.load_state_dict(model.state_dict())
+            before = output_of(bare, inputs, step)
+            assert torch.equal(after, before)
+            unscaled = gradients(bare, loss_of(before))
+            expected = gradients(reference, loss_of(output_of(reference, inputs, step)))
+            error = max(error, largest_error(actual, expected))
+            for name in projections:
+                assert differs(name, unscaled[name], actual[name]), name
+        optimizer.step()
+    assert error < 1e-9
+    sites = optimizer.hooks.sites
+    assert {site.tap for site in sites} == {case.tap}
+    assert len(sites) == case.layers
+    record_property("library", case.library)
+    record_property("model", case.model)
+    record_property("attention", case.attention)
+    record_property("taps", case.tap)
+    record_property("layers", case.layers)
+    record_property("error", error)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "k_proj"), ("q_proj", "k_proj", "v_proj")])
+def test_lora_has_the_gradients_that_follow_from_the_rescaled_ones_of_the_dense_weights(targets):
+    model, inputs = shaken(llama("sdpa", lora(*targets))), one_text()
+    dense = copy.deepcopy(model).merge_and_unload().requires_grad_(True)
+    of_dense = gradients(dense, loss_of(output_of(refer(dense), inputs)))
+    expected = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            a, b = (side["default"].weight.detach() for side in (module.lora_A, module.lora_B))
+            of_weight = of_dense[name.removeprefix("base_model.model.") + ".weight"]
+            expected[f"{name}.lora_A.default.weight"] = 2 * b.mT @ of_weight
+            expected[f"{name}.lora_B.default.weight"] = 2 * of_weight @ a.mT
+    assert len(expected) == 4 * len(targets)
+    wrapped = wrap(model)
+    actual = gradients(model, loss_of(output_of(model, inputs)))
+    # Norms are in float32, and the merged weights round otherwise.
+    assert largest_error(actual, expected) < 1e-6
+    wrapped.detach()
+    assert largest_error(gradients(model, loss_of(output_of(model, inputs))), expected) > 0.1
+
+
+PADDED = {
+    "nn.Transformer": partial(TorchSeq2Seq, batch_first=True),
+    "Perceiver": partial(Perceiver, merged=False),
+    "Perceiver merged heads": partial(Perceiver, merged=True),
+    **{
+        f"{model.__name__} {name} {way}": partial(x_transformer, model, attn_flash=flash, **options)
+        for model in (Encoder, Decoder)
+        for way, flash in (("flash", True), ("manual", False))
+        for name, options in {"plain": {}, "rotary": ROTARY}.items()
+    },
+    "encoder-decoder flash": partial(XSeq2Seq, attn_flash=True),
+    "encoder-decoder manual": partial(XSeq2Seq, attn_flash=False),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_sequences_in_a_padded_batch_have_the_gradients_they_have_alone(name):
+    model, rows = shaken(PADDED[name]()), ragged()
+    padded, real = pad(rows, "right")
+    real = real.bool()
+    targets = torch.randint(3, VOCABULARY, (len(rows), padded.shape[1]))
+    seq2seq = isinstance(model, (TorchSeq2Seq, XSeq2Seq))
+    # Where the logits are those of another sequence, that one has no padding.
+    own = not seq2seq and not isinstance(model, Perceiver)
+    counted = real if own else torch.ones_like(real)
+
+    def total(text, target, counted, mask=None):
+        logits = model(*((text, target) if seq2seq else (text,)), mask=mask)
+        return F.cross_entropy(logits[counted], target[counted], reduction="sum")
+
+    def together():
+        return total(padded, targets, counted, real)
+
+    def alone():
+        parts = zip(rows, targets, counted, strict=True)
+        if own:
+            parts = ((row, y[: len(row)], c[: len(row)]) for row, y, c in parts)
+        return sum(total(row[None], y[None], c[None]) for row, y, c in parts)
+
+    error = largest_error(gradients(model, together()), gradients(model, alone()))
+    assert error < 1e-9
+    optimizer = wrap(model)
+    error = largest_error(gradients(model, together()), gradients(model, alone()))
+    assert error < 1e-9
+    assert not optimizer.hooks.unseen()
+
+
+def test_finding_the_layers_of_a_model_that_uses_einops_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(find_attention(ViT())) == 2
