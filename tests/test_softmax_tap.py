@@ -1,0 +1,1365 @@
+"""The softmax tap: attention written by hand, against the same forward with oracle hooks."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from models import ScoreAttention, oracle_hook
+from oracle import projector, rescaled
+from torch import nn
+from torch._dynamo.exc import Unsupported
+from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointError, checkpoint
+
+from spanopt import SpanScale, SpanScaledOptimizer, UnscaledLayerError, attach, find_attention
+
+SCALES = {"query": (2.0, 0.5), "key": (3.0, 1.0)}
+SCALE = SpanScale(**SCALES)
+# Batch, heads, queries, keys, head size: no two alike, and more tokens than a head has features.
+B, H, N, M, D = 3, 2, 9, 7, 4
+
+
+class ByHand(nn.Module):
+    """Attention by hand; ``weigh`` makes its weights (B, H, N, M) of Q and K, (B, H', N, d)."""
+
+    def __init__(self, weigh, heads=H, kv_heads=None):
+        super().__init__()
+        self.weigh = weigh
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        width = heads * D
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, self.kv_heads * D)
+        self.v_proj = nn.Linear(width, self.kv_heads * D)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x, context=None, hook=None):
+        context = x if context is None else context
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = (
+            project(context).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+            for project in (self.k_proj, self.v_proj)
+        )
+        if hook is not None:
+            q, k = hook(q, k)
+        weights = self.weigh(q, k)
+        v = v.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        return self.out_proj((weights @ v).transpose(1, 2).flatten(-2))
+
+
+def oracle(query=SCALES["query"], key=SCALES["key"]):
+    """What puts oracle hooks on Q and K."""
+    return lambda q, k: (oracle_hook(q * 1.0, *query), oracle_hook(k * 1.0, *key))
+
+
+def tokens(batch=B, length=N, width=H * D, **options):
+    options = {"dtype": torch.float64, "requires_grad": True, **options}
+    return torch.randn(batch, length, width, **options)
+
+
+def both_inputs():
+    return tokens(), tokens(length=M)
+
+
+def run(model, *inputs, **options):
+    """The result of a training step on a model, and all gradients by name."""
+    module = getattr(model, "_orig_mod", model)
+    leaves = {str(i): x for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)}
+    leaves = {**leaves, **dict(module.named_parameters())}
+    for leaf in leaves.values():
+        leaf.grad = None
+    torch.manual_seed(1)
+    result = model(*inputs, **options)
+    result.pow(3).sum().backward()
+    return result.detach(), {
+        name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone()
+        for name, leaf in leaves.items()
+    }
+
+
+def largest_error(actual, expected):
+    """The largest difference of any gradient, relative to the largest number in that gradient."""
+    floor = 1e-6 * max(value.abs().max() for value in expected.values())
+    errors = [
+        (actual[name] - value).abs().max() / value.abs().max().clamp(min=floor)
+        for name, value in expected.items()
+    ]
+    assert torch.stack(errors).isfinite().all()
+    return max(errors).item()
+
+
+def assert_far(actual, plain, names=("q_proj.weight", "k_proj.weight")):
+    """That all gradients whose names end so are clearly others."""
+    found = [name for name in plain if name.endswith(tuple(names))]
+    assert len(found) >= len(names)
+    for name in found:
+        assert largest_error({name: actual[name]}, {name: plain[name]}) > 0.1, name
+
+
+def check(model, *inputs, scale=SCALE, hook=None, tolerance=1e-10, names=None, **options):
+    """That a model is scaled as the reference is, and forward values are as they were."""
+    before, plain = run(model, *inputs, **options)
+    _, expected = run(model, *inputs, hook=hook or oracle(), **options)
+    with attach(model, scale) as hooks:
+        after, actual = run(model, *inputs, **options)
+        assert hooks.unseen() == []
+    assert torch.equal(after, before)
+    assert largest_error(actual, expected) <= tolerance
+    assert_far(actual, plain, *(() if names is None else (names,)))
+    return hooks
+
+
+# How a layer gets from Q and K to its weights.
+
+
+def merged(x):
+    return x.flatten(0, 1)
+
+
+def split(x):
+    return x.unflatten(0, (B, -1))
+
+
+def heads_last(x):
+    return x.transpose(1, 2)
+
+
+def tokens_first(x):
+    return x.permute(2, 0, 1, 3)
+
+
+def scores(q, k):
+    return q @ k.transpose(-2, -1) / math.sqrt(D)
+
+
+def in_place(change):
+    """Weights from scores that are changed by a method without taking its result."""
+
+    def weigh(q, k):
+        x = scores(q, k)
+        change(x)
+        return x.softmax(-1)
+
+    return weigh
+
+
+def divided_in_place(q, k):
+    x = q @ k.mT
+    x /= 3.0
+    x *= 2.0
+    x += 1.0
+    x -= 0.5
+    return x.softmax(-1)
+
+
+def query_divided_in_place(q, k):
+    q = q.clone()
+    q /= 3.0
+    return (q @ k.mT).softmax(-1)
+
+
+def with_a_sink(q, k):
+    sink = torch.linspace(-1, 1, H, dtype=q.dtype).reshape(1, H, 1, 1).expand(B, H, N, 1)
+    x = torch.cat([scores(q, k), sink], dim=-1)
+    x = x - x.max(dim=-1, keepdim=True).values
+    return F.softmax(x, dim=-1, dtype=x.dtype)[..., :-1]
+
+
+class Child(nn.Module):
+    def __init__(self, dim=-1):
+        super().__init__()
+        self.softmax = nn.Softmax(dim)
+
+    def forward(self, q, k):
+        return self.softmax(scores(q, k))
+
+
+ALIBI = torch.linspace(-2, 0, H * N * M, dtype=torch.float64).reshape(H, N, M).repeat(B, 1, 1)
+SCALAR = torch.tensor(0.7, dtype=torch.float64)
+
+PRODUCTS = {
+    "q @ k.transpose": lambda q, k: (q @ k.transpose(-2, -1)).softmax(-1),
+    "q @ k.mT": lambda q, k: (q @ k.mT).softmax(-1),
+    "q @ k.permute": lambda q, k: (q @ k.permute(0, 1, 3, 2)).softmax(-1),
+    "torch.matmul": lambda q, k: torch.matmul(q, k.transpose(2, 3)).softmax(-1),
+    "torch.matmul, keywords": lambda q, k: torch.matmul(input=q, other=k.mT).softmax(-1),
+    "Tensor.matmul": lambda q, k: q.matmul(k.mT).softmax(-1),
+    "Tensor.__rmatmul__": lambda q, k: k.mT.__rmatmul__(q).softmax(-1),
+    "one by one": lambda q, k: torch.stack(
+        [(a @ b.mT).softmax(-1) for a, b in zip(q, k, strict=True)]
+    ),
+    "one by one, 2-D": lambda q, k: torch.stack(
+        [(a @ b.t()).softmax(-1) for a, b in zip(merged(q), merged(k), strict=True)]
+    ).unflatten(0, (B, H)),
+    "torch.mm": lambda q, k: torch.stack(
+        [torch.mm(a, b.T).softmax(-1) for a, b in zip(merged(q), merged(k), strict=True)]
+    ).unflatten(0, (B, H)),
+    "torch.bmm": lambda q, k: split(torch.bmm(merged(q), merged(k).mT).softmax(-1)),
+    "torch.bmm, keywords": lambda q, k: split(
+        torch.bmm(input=merged(q), mat2=merged(k).mT).softmax(-1)
+    ),
+    "Tensor.bmm": lambda q, k: split(merged(q).bmm(merged(k).mT).softmax(-1)),
+    "torch.baddbmm": lambda q, k: split(
+        torch.baddbmm(ALIBI, merged(q), merged(k).mT, alpha=0.3).softmax(-1)
+    ),
+    "torch.baddbmm, beta 0": lambda q, k: split(
+        torch.baddbmm(torch.empty_like(ALIBI), merged(q), merged(k).mT, beta=0, alpha=0.3)
+    ).softmax(-1),
+    "Tensor.baddbmm, keywords": lambda q, k: split(
+        ALIBI.baddbmm(batch1=merged(q), batch2=merged(k).mT, beta=0.5, alpha=0.3)
+    ).softmax(-1),
+    "einsum": lambda q, k: torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1),
+    "einsum, operands in a list": lambda q, k: torch.einsum("bhid,bhjd->bhij", [q, k]).softmax(-1),
+    "einsum, heads last": lambda q, k: torch.einsum(
+        "b n h d, b m h d -> b h n m", heads_last(q), heads_last(k)
+    ).softmax(-1),
+    "einsum, tokens first": lambda q, k: (
+        torch.einsum("ibnd,jbnd->ijbn", tokens_first(q), tokens_first(k))
+        .softmax(1)
+        .permute(2, 3, 0, 1)
+    ),
+    "einsum, ellipsis": lambda q, k: torch.einsum("...nd,...md->...nm", q, k).softmax(dim=-1),
+    "einsum, keys first": lambda q, k: torch.einsum("bhjd,bhid->bhij", k, q).softmax(-1),
+    "einsum, feature before token": lambda q, k: torch.einsum(
+        "bhid,bhdj->bhij", q, k.transpose(2, 3)
+    ).softmax(-1),
+    "k @ q.mT over -2": lambda q, k: (k @ q.mT).softmax(-2).mT,
+    "k @ q.mT, transposed": lambda q, k: (k @ q.mT).transpose(-2, -1).softmax(-1),
+    "k @ q.mT, transpose with keywords": lambda q, k: (
+        (k @ q.mT).transpose(dim0=-2, dim1=-1).softmax(-1)
+    ),
+    "k @ q.mT, permuted": lambda q, k: (k @ q.mT).permute(0, 1, 3, 2).softmax(-1),
+    "k @ q.mT, permute with keywords": lambda q, k: torch.permute(
+        k @ q.mT, dims=(0, 1, 3, 2)
+    ).softmax(-1),
+    "k @ q.mT, .mT": lambda q, k: (k @ q.mT).mT.softmax(-1),
+}
+
+WAYS = {
+    "scaled before": lambda q, k: ((q / 2.0) @ (k * 1.5).mT).softmax(-1),
+    "scaled after": lambda q, k: (0.4 * (q @ k.mT) * SCALAR).softmax(-1),
+    "divided": lambda q, k: torch.div(q @ k.mT, math.sqrt(D)).softmax(-1),
+    "divided by a tensor": lambda q, k: (q @ k.mT).div(torch.tensor(D).sqrt()).softmax(-1),
+    "torch.mul, keywords": lambda q, k: torch.mul(input=q @ k.mT, other=0.4).softmax(-1),
+    "multiplied with its operand right": lambda q, k: torch.mul(SCALAR, q @ k.mT).softmax(-1),
+    "negated": lambda q, k: (-(-q @ k.mT)).softmax(-1),
+    "in place": divided_in_place,
+    "in place before": query_divided_in_place,
+    "mul_": in_place(lambda x: x.mul_(0.4)),
+    "div_": in_place(lambda x: x.div_(3.0)),
+    "softcap": lambda q, k: (2.0 * torch.tanh(scores(q, k) / 2.0)).softmax(-1),
+    "softcap in place": in_place(lambda x: x.div_(2.0).tanh_()),
+    "clamped": lambda q, k: scores(q, k).clamp(-0.9, 0.9).softmax(-1),
+    "bias": lambda q, k: (scores(q, k) + split(ALIBI)).softmax(-1),
+    "bias left": lambda q, k: (split(ALIBI) + scores(q, k)).softmax(-1),
+    "bias of each key": lambda q, k: (scores(q, k) + torch.arange(M) / M).softmax(-1),
+    "cast": lambda q, k: scores(q, k).float().softmax(-1).to(q.dtype),
+    "cast by to": lambda q, k: F.softmax(scores(q, k).to(torch.float32), -1).type_as(q),
+    "cast by type": lambda q, k: scores(q, k).type(torch.float32).softmax(-1).double(),
+    "cast by softmax": lambda q, k: F.softmax(scores(q, k), dim=-1, dtype=torch.float32).to(q),
+    "dropout on weights": lambda q, k: F.dropout(scores(q, k).softmax(-1), 0.3),
+    "dropout on scores": lambda q, k: F.dropout(scores(q, k), 0.3).softmax(-1),
+    "viewed apart": lambda q, k: torch.bmm(merged(q), merged(k).mT).view(B, H, N, M).softmax(-1),
+    "viewed together": lambda q, k: split(scores(q, k).view(B * H, N, M).softmax(-1)),
+    "to and fro": lambda q, k: (
+        torch.bmm(merged(q), merged(k).mT)
+        .reshape(B, H, N, M)
+        .add(split(ALIBI))
+        .flatten(0, 1)
+        .contiguous()
+        .softmax(-1)
+        .unflatten(0, (B, H))
+    ),
+    "another batch dimension": lambda q, k: scores(q, k).unsqueeze(0).softmax(-1).squeeze(0),
+    "with a sink": with_a_sink,
+    "maximum subtracted": lambda q, k: (
+        scores(q, k) - scores(q, k).detach().max(-1, keepdim=True)[0]
+    ).softmax(-1),
+    "own maximum subtracted": lambda q, k: (lambda x: x - torch.amax(x, dim=-1, keepdim=True))(
+        scores(q, k)
+    ).softmax(-1),
+    "two products": lambda q, k: (scores(q, k) + torch.einsum("bhid,bhjd->bhij", q, k)).softmax(-1),
+    "tokens before heads": lambda q, k: heads_last(
+        torch.einsum("bhid,bhjd->bihj", q, k).softmax(-1)
+    ),
+    "weights renormalised": lambda q, k: (lambda w: w / w.detach().sum(-1, keepdim=True))(
+        scores(q, k).softmax(-1) * split(ALIBI)
+    ),
+}
+
+# Methods that leave scores where they are, with arguments.
+METHODS = {
+    "multiply": (0.4,),
+    "divide": (3.0,),
+    "true_divide": (3.0,),
+    "negative": (),
+    "clamp_min": (-0.9,),
+    "clamp_max": (0.9,),
+    "clip": (-0.9, 0.9),
+    "maximum": (-SCALAR,),
+    "minimum": (SCALAR,),
+    "nan_to_num": (),
+    "half": (),
+    "bfloat16": (),
+    "double": (),
+    "clone": (),
+    "contiguous": (),
+    "expand": (B, H, N, M),
+    "reshape": (1, B, H, N, M),
+    "expand_as": (torch.empty(B, H, N, M),),
+    "view_as": (torch.empty(B, H, N, M),),
+    "reshape_as": (torch.empty(B, H, N, M),),
+    "type_as": (torch.empty(0),),
+}
+
+
+def by_method(name):
+    def weigh(q, k):
+        x = torch.einsum("bhid,bhjd->bhij", k, q).transpose(2, 3)
+        x = getattr(x if "view" not in name else x.contiguous(), name)(*METHODS[name])
+        return x.softmax(-1).to(q.dtype).reshape(B, H, N, M)
+
+    return weigh
+
+
+SOFTMAXES = {
+    "F.softmax": lambda q, k: F.softmax(scores(q, k), dim=-1),
+    "F.softmax, positive": lambda q, k: F.softmax(scores(q, k), 3),
+    "F.softmax, keywords": lambda q, k: F.softmax(input=scores(q, k), dim=-1),
+    "torch.softmax": lambda q, k: torch.softmax(scores(q, k), -1),
+    "torch.softmax, positive": lambda q, k: torch.softmax(scores(q, k), dim=3),
+    "torch.softmax, keywords": lambda q, k: torch.softmax(input=scores(q, k), dim=-1),
+    "torch.softmax, dtype": lambda q, k: torch.softmax(scores(q, k), -1, torch.float32).double(),
+    "Tensor.softmax": lambda q, k: scores(q, k).softmax(dim=-1),
+    "Tensor.softmax, positive": lambda q, k: scores(q, k).softmax(3),
+    "Tensor.softmax, dtype": lambda q, k: scores(q, k).softmax(-1, dtype=torch.float32).double(),
+    "k @ q.mT, positive": lambda q, k: scores(k, q).softmax(2).mT,
+    "nn.Softmax": Child(),
+    "nn.Softmax, positive": Child(3),
+}
+
+WEIGHTS = {**PRODUCTS, **WAYS, **{name: by_method(name) for name in METHODS}, **SOFTMAXES}
+
+
+@pytest.mark.parametrize("weigh", WEIGHTS.values(), ids=WEIGHTS)
+def test_gradients_are_the_oracles_however_the_weights_are_written(weigh):
+    (site,) = check(ByHand(weigh).double(), *both_inputs()).sites
+    assert site.tap == "softmax"
+    assert (site.query_length, site.key_length, site.head_dim) == (N, M, D)
+
+
+# Masks. Padded keys are no part of the span of K.
+
+WINDOW = (torch.arange(N)[:, None] - torch.arange(M)).abs() > 4
+PADDED_KEYS = torch.zeros(B, 1, 1, M, dtype=torch.bool)
+PADDED_KEYS[0, ..., -2:] = True
+PADDED_KEYS[1, ..., :1] = True
+LOWEST = torch.finfo(torch.float64).min
+
+
+def bias(closed, value=-torch.inf):
+    return torch.zeros(closed.shape, dtype=torch.float64).masked_fill(closed, value)
+
+
+def fill_in_place(x, closed):
+    x.masked_fill_(closed, -torch.inf)
+    return x
+
+
+def set_items(x, closed):
+    x[closed.expand_as(x)] = -torch.inf
+    return x
+
+
+def set_items_to_a_tensor(x, closed):
+    x[closed.expand_as(x)] = torch.tensor(-1e9, dtype=x.dtype)
+    return x
+
+
+def add_in_place(x, closed):
+    x += bias(closed, LOWEST)
+    return x
+
+
+MASKS = {
+    "masked_fill": lambda x, closed: x.masked_fill(closed, -torch.inf),
+    "masked_fill of -1e9": lambda x, closed: torch.masked_fill(x, closed, -1e9),
+    "masked_fill of finfo.min": lambda x, closed: x.masked_fill(closed, LOWEST),
+    "masked_fill, keywords": lambda x, closed: x.masked_fill(mask=closed, value=-1e9),
+    "masked_fill, keywords swapped": lambda x, closed: x.masked_fill(value=-1e9, mask=closed),
+    "masked_fill of a tensor": lambda x, closed: x.masked_fill(closed, torch.tensor(-torch.inf)),
+    "masked_fill of 1 - mask": lambda x, closed: x.masked_fill((~closed).int() == 0, -1e9),
+    "masked_fill_": lambda x, closed: x.masked_fill_(closed, -torch.inf),
+    "masked_fill_ alone": fill_in_place,
+    "where": lambda x, closed: torch.where(~closed, x, -torch.inf),
+    "where, swapped": lambda x, closed: torch.where(closed, -1e9, x),
+    "where of tensors": lambda x, closed: torch.where(~closed, x, torch.full_like(x, LOWEST)),
+    "where of tensors, swapped": lambda x, closed: torch.where(closed, torch.tensor(LOWEST), x),
+    "Tensor.where": lambda x, closed: x.where(~closed, -torch.inf),
+    "where, keywords": lambda x, closed: torch.where(closed, input=torch.tensor(-1e9), other=x),
+    "-inf added": lambda x, closed: x + bias(closed),
+    "-1e9 added": lambda x, closed: torch.add(x, bias(closed, -1e9)),
+    "finfo.min added": lambda x, closed: bias(closed, LOWEST) + x,
+    "added, keywords": lambda x, closed: torch.add(input=x, other=bias(closed)),
+    "added in place": add_in_place,
+    "(1 - mask) * -1e4": lambda x, closed: x.add((1.0 - (~closed).double()) * -1e4),
+    "add_": lambda x, closed: x.add_(bias(closed)),
+    "subtracted": lambda x, closed: x - 1e9 * closed.double(),
+    "GPT-2": lambda x, closed: x * (~closed).double() - 1e4 * (1 - (~closed).double()),
+    "OPT": lambda x, closed: torch.max(x + bias(closed, LOWEST), torch.tensor(LOWEST)),
+    "scores[mask] = -inf": set_items,
+    "scores[mask] = tensor": set_items_to_a_tensor,
+    "two masks": lambda x, closed: (
+        x.masked_fill(WINDOW, -torch.inf) + bias(closed.all(-2, keepdim=True), -1e9)
+    ),
+    "heads merged": lambda x, closed: split(
+        merged(x) + merged(bias(closed).expand(B, H, N, M).contiguous())
+    ),
+    "transposed": lambda x, closed: x.mT.masked_fill(closed.mT, -torch.inf).transpose(2, 3),
+    "with a sink": lambda x, closed: torch.cat([x + bias(closed), torch.ones_like(x[..., :1])], -1),
+    "after a sink": lambda x, closed: (
+        torch.cat([x, torch.ones_like(x[..., :1])], -1) + bias(F.pad(closed, (0, 1)))
+    ),
+}
+
+
+def oracle_on_real(x, scale, real):
+    """Like oracle_hook, by the span of real tokens alone."""
+    x = x * 1.0
+    x.register_hook(
+        lambda grad: torch.as_tensor(rescaled(grad.numpy(), x.detach().numpy(), *scale, mask=real))
+    )
+    return x
+
+
+def padded_oracle(real_queries, real_keys):
+    return lambda q, k: (
+        oracle_on_real(q, SCALES["query"], real_queries),
+        oracle_on_real(k, SCALES["key"], real_keys),
+    )
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["no padding", "padding"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_masks_are_passed_and_padded_keys_found_in_them(mask, padded):
+    closed = (WINDOW | PADDED_KEYS) if padded else WINDOW.expand(B, 1, N, M)
+    model = ByHand(lambda q, k: mask(scores(q, k), closed).softmax(-1)[..., :M]).double()
+    real = ~PADDED_KEYS.squeeze(2) if padded else torch.tensor(True)
+    check(model, *both_inputs(), hook=padded_oracle(True, real.numpy()))
+
+
+@pytest.mark.parametrize("product", ["bmm", "baddbmm", "reversed", "einsum"])
+def test_padding_is_found_whatever_the_product(product):
+    closed = WINDOW | PADDED_KEYS
+    mask = bias(closed).expand(B, H, N, M)
+    weigh = {
+        "bmm": lambda q, k: (split(torch.bmm(merged(q), merged(k).mT)) + mask).softmax(-1),
+        "baddbmm": lambda q, k: split(
+            torch.baddbmm(merged(mask), merged(q), merged(k).mT).softmax(-1)
+        ),
+        "reversed": lambda q, k: (k @ q.mT).masked_fill(closed.mT, -torch.inf).softmax(-2).mT,
+        "einsum": lambda q, k: (
+            (torch.einsum("ibnd,jbnd->ijbn", tokens_first(q), tokens_first(k)))
+            .add(mask.permute(2, 3, 0, 1))
+            .softmax(1)
+            .permute(2, 3, 0, 1)
+        ),
+    }[product]
+    hook = padded_oracle(True, ~PADDED_KEYS.squeeze(2).numpy())
+    check(ByHand(weigh).double(), *both_inputs(), hook=hook)
+
+
+def test_in_self_attention_padded_keys_are_padded_queries():
+    class Masked(ByHand):
+        def forward(self, x, mask, hook=None):
+            self.weigh = lambda q, k: (scores(q, k) + mask).softmax(-1)
+            return super().forward(x, hook=hook)
+
+    mask = bias(F.pad(PADDED_KEYS, (N - M, 0)), -1e9)
+    real = (mask[:, 0] > -1).numpy()
+    check(Masked(None).double(), tokens(), mask, hook=padded_oracle(real, real))
+
+
+def test_queries_to_which_all_keys_are_closed_are_padding_in_cross_attention():
+    padded_queries = torch.zeros(B, 1, N, 1, dtype=torch.bool)
+    padded_queries[1, :, -3:] = True
+    closed = WINDOW | padded_queries | PADDED_KEYS
+    model = ByHand(lambda q, k: scores(q, k).masked_fill(closed, -1e9).softmax(-1)).double()
+    real = ~padded_queries.squeeze(3).numpy(), ~PADDED_KEYS.squeeze(2).numpy()
+    check(model, *both_inputs(), hook=padded_oracle(*real))
+
+
+# Heads.
+
+
+def grouped(q, kv_heads):
+    return q.unflatten(1, (kv_heads, -1))
+
+
+def repeated(k, groups):
+    batch, kv_heads, length, d = k.shape
+    expanded = k[:, :, None].expand(batch, kv_heads, groups, length, d)
+    return expanded.reshape(batch, kv_heads * groups, length, d)
+
+
+# By name: heads, key heads, and both as the tap sees them.
+GROUPED = {
+    "repeat_interleave": (
+        (4, 2),
+        (4, 4),
+        lambda q, k: scores(q, k.repeat_interleave(2, dim=1)).softmax(-1),
+    ),
+    "expanded": ((4, 2), (4, 4), lambda q, k: scores(q, repeated(k, 2)).softmax(-1)),
+    "5-D": (
+        (4, 2),
+        (4, 2),
+        lambda q, k: scores(grouped(q, 2), k.unsqueeze(2)).softmax(-1).flatten(1, 2),
+    ),
+    "5-D einsum": (
+        (4, 2),
+        (4, 2),
+        lambda q, k: torch.einsum("bkgnd,bkmd->bkgnm", grouped(q, 2), k).softmax(-1).flatten(1, 2),
+    ),
+    "multi-query einsum": (
+        (4, 1),
+        (4, 1),
+        lambda q, k: torch.einsum("bhid,bjd->bhij", q, k.squeeze(1)).softmax(-1),
+    ),
+    "multi-query": ((4, 1), (4, 1), lambda q, k: scores(q, k).softmax(-1)),
+    "multi-query, heads in the rows": (
+        (4, 1),
+        (1, 1),
+        lambda q, k: scores(q[:, :1], k).softmax(-1).expand(B, 4, N, M),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_grouped_queries_by_hand(name):
+    (heads, kv_heads), seen, weigh = GROUPED[name]
+    inputs = tokens(width=4 * D), tokens(length=M, width=4 * D)
+    (site,) = check(ByHand(weigh, heads, kv_heads).double(), *inputs).sites
+    assert (site.heads, site.kv_heads) == seen
+
+
+@pytest.mark.parametrize("name", ["as many", "multi-query", "5-D", "5-D einsum"])
+def test_per_head_values_scale_each_head_by_its_own(name):
+    as_many = (4, 4), (4, 4), WEIGHTS["q @ k.mT"]
+    (heads, kv_heads), _, weigh = {**GROUPED, "as many": as_many}[name]
+    query, key = ([1.0, 2.0, 3.0, 4.0], 0.5), ([2.0, -3.0, 4.0, 0.5][:kv_heads], 1.0)
+    model = ByHand(weigh, heads, kv_heads).double()
+    inputs = tokens(width=4 * D), tokens(length=M, width=4 * D)
+    check(model, *inputs, scale=SpanScale(query=query, key=key), hook=oracle(query, key))
+
+
+def test_per_head_values_for_repeated_keys_are_those_of_their_query_heads():
+    (heads, kv_heads), _, weigh = GROUPED["repeat_interleave"]
+    query, key = ([1.0, 2.0, 3.0, 4.0], 0.5), ([2.0, -3.0, 4.0, 0.5], 1.0)
+    model = ByHand(weigh, heads, kv_heads).double()
+    inputs = tokens(width=4 * D), tokens(length=M, width=4 * D)
+    with attach(model, SpanScale(query=query, key=key)):
+        _, actual = run(model, *inputs)
+    model.weigh = lambda q, k: scores(*oracle(query, key)(q, repeated(k, 2))).softmax(-1)
+    _, expected = run(model, *inputs)
+    assert largest_error(actual, expected) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("weigh", "scale", "message"),
+    [
+        (WEIGHTS["q @ k.mT"], SpanScale([1.0] * 3), "3 per-head values on the query side, which"),
+        (WEIGHTS["torch.bmm"], SpanScale([1.0] * H), "which has no dimension for its heads"),
+        (WEIGHTS["k @ q.mT over -2"], SpanScale(1, key=([1.0] * 3, 1)), "on the key side"),
+    ],
+)
+def test_a_wrong_number_of_per_head_values_is_an_error_at_the_first_forward(weigh, scale, message):
+    model = ByHand(weigh).double()
+    with attach(model, scale), pytest.raises(ValueError, match=message):
+        model(*both_inputs())
+
+
+# Scales.
+
+
+def test_identity_scales_leave_gradients_bit_for_bit():
+    model, inputs = ByHand(WEIGHTS["q @ k.mT"]), both_inputs()
+    model, inputs = model.double(), inputs
+    before, plain = run(model, *inputs)
+    with attach(model, {"*": (1.0, 1.0)}) as hooks:
+        after, actual = run(model, *inputs)
+        assert hooks.unseen() == []
+    assert torch.equal(after, before)
+    assert all(torch.equal(actual[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("query", "key"),
+    [
+        ((2.0, 2.0), (2.0, 2.0)),
+        ((2.0, 2.0), (0.0, 0.0)),
+        ((3.0, 3.0), (3.0, 1.0)),
+        ((2.0, 0.5), (4.0, 4.0)),
+        ((0.0, 1.0), (1.0, 0.0)),
+        ((-2.0, 0.5), (3.0, -1.0)),
+    ],
+)
+@pytest.mark.parametrize("weigh", ["q @ k.mT", "k @ q.mT over -2", "einsum, tokens first"])
+def test_uniform_zero_and_negative_scales(weigh, query, key):
+    scale, hook = SpanScale(query=query, key=key), oracle(query, key)
+    check(ByHand(WEIGHTS[weigh]).double(), *both_inputs(), scale=scale, hook=hook)
+
+
+@pytest.mark.parametrize("weigh", ["q @ k.mT", "k @ q.mT over -2"])
+@pytest.mark.parametrize("side", ["query", "key"])
+def test_one_side_only(side, weigh):
+    model, inputs = ByHand(WEIGHTS[weigh]).double(), both_inputs()
+    scales = {**SCALES, side: (1.0, 1.0)}
+    scaled = {"query": "k_proj.weight", "key": "q_proj.weight"}[side]
+    check(model, *inputs, scale=SpanScale(**scales), hook=oracle(**scales), names=[scaled])
+
+
+@pytest.mark.parametrize("weigh", ["q @ k.mT", "k @ q.mT over -2"])
+@pytest.mark.parametrize("frozen", ["q_proj", "k_proj"])
+def test_one_side_frozen(frozen, weigh):
+    model = ByHand(WEIGHTS[weigh]).double()
+    getattr(model, frozen).requires_grad_(False)
+    inputs = tokens(requires_grad=frozen == "k_proj"), tokens(length=M, requires_grad=False)
+    trained = {"q_proj": "k_proj.weight", "k_proj": "q_proj.weight"}[frozen]
+    check(model, *inputs, names=[trained])
+
+
+def test_changes_of_scale_act_from_the_next_forward_on():
+    model, inputs = ByHand(WEIGHTS["q @ k.mT"]).double(), both_inputs()
+    with attach(model, SCALE) as hooks:
+        _, old = run(model, *inputs)
+        for leaf in (*model.parameters(), *inputs):
+            leaf.grad = None
+        loss = model(*inputs).pow(3).sum()
+        hooks.groups[0].update(query=(4.0, 0.5))
+        loss.backward()
+        assert torch.equal(model.q_proj.weight.grad, old["q_proj.weight"])
+        _, new = run(model, *inputs)
+    _, expected = run(model, *inputs, hook=oracle(query=(4.0, 0.5)))
+    assert largest_error(new, expected) < 1e-10
+
+
+def test_bfloat16_with_the_softmax_in_float32():
+    weigh = WEIGHTS["cast by softmax"]
+    model = ByHand(weigh).bfloat16()
+    inputs = tokens(dtype=torch.bfloat16), tokens(length=M, dtype=torch.bfloat16)
+    check(model, *inputs, tolerance=0.03)
+
+
+def test_float32():
+    model = ByHand(WEIGHTS["with a sink"])
+    check(model, tokens(dtype=torch.float32), tokens(length=M, dtype=torch.float32), tolerance=1e-4)
+
+
+def test_autocast():
+    model = ByHand(WEIGHTS["q @ k.mT"])
+    inputs = tokens(dtype=torch.float32), tokens(length=M, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        check(model, *inputs, tolerance=0.03)
+
+
+# How a layer is called.
+
+
+class Wrapped(nn.Module):
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+        self.run = forward
+
+    def forward(self, *inputs, hook=None):
+        return self.run(*self.layers.values(), *inputs, hook=hook)
+
+
+def twice(layer, x, hook):
+    return layer(layer(x, hook=hook), x, hook=hook)
+
+
+def in_a_loop(layer, x, hook):
+    for _ in range(3):
+        x = x + layer(x, hook=hook)
+    return x
+
+
+def stacked(first, second, x, hook):
+    return second(first(x, hook=hook), hook=hook)
+
+
+@pytest.mark.parametrize(("forward", "layers"), [(twice, 1), (in_a_loop, 1), (stacked, 2)])
+def test_each_call_is_scaled_on_its_own_query_and_key(forward, layers):
+    made = {f"layer{i}": ByHand(WEIGHTS["q @ k.mT"]) for i in range(layers)}
+    check(Wrapped(forward, **made).double(), tokens())
+
+
+def test_scores_of_an_earlier_layer_may_be_added():
+    def first(q, k):
+        earlier.append(scores(q, k))
+        return earlier[-1].softmax(-1)
+
+    earlier = []
+    layers = {
+        "first": ByHand(first),
+        "second": ByHand(lambda q, k: (earlier.pop() + scores(q, k)).softmax(-1)),
+    }
+    check(Wrapped(stacked, **layers).double(), tokens())
+
+
+def test_functional_gradients():
+    model, inputs = ByHand(WEIGHTS["q @ k.mT"]).double(), both_inputs()
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, inputs).pow(3).sum()
+
+    with attach(model, SCALE):
+        _, expected = run(model, *inputs)
+        actual = torch.func.grad(loss)(dict(model.named_parameters()))
+    assert largest_error(actual, {name: expected[name] for name in actual}) < 1e-12
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_of_the_layer(use_reentrant):
+    def forward(layer, x, hook):
+        y = checkpoint(layer, x, hook=hook, use_reentrant=False) if hook else None
+        return y if hook else checkpoint(layer, x, use_reentrant=use_reentrant)
+
+    check(Wrapped(forward, layer=ByHand(WEIGHTS["q @ k.mT"])).double(), tokens())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_inside_the_layer_is_never_silently_unscaled(use_reentrant):
+    def weigh(q, k):
+        return checkpoint(WEIGHTS["q @ k.mT"], q, k, use_reentrant=use_reentrant)
+
+    model, inputs = ByHand(weigh).double(), both_inputs()
+    run(model, *inputs)
+
+    def train(hooks):
+        run(model, *inputs)
+        hooks.check()
+
+    with attach(model, SCALE) as hooks, pytest.raises((CheckpointError, UnscaledLayerError)):
+        train(hooks)
+
+
+def test_backward_twice_accumulates():
+    model, inputs = ByHand(WEIGHTS["q @ k.mT"]).double(), both_inputs()
+    with attach(model, SCALE):
+        _, once = run(model, *inputs)
+        for leaf in (*model.parameters(), *inputs):
+            leaf.grad = None
+        loss = model(*inputs).pow(3).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        model(*inputs).pow(3).sum().backward()
+    actual = {name: parameter.grad for name, parameter in model.named_parameters()}
+    expected = {name: 3 * once[name] for name in actual}
+    assert largest_error(actual, expected) < 1e-12
+
+
+def differentiable(x, parallel, violation):
+    """Like oracle_hook, differentiable, the projector a constant."""
+    x = x * 1.0
+    spans = [torch.as_tensor(projector(basis)) for basis in x.detach().flatten(0, 1).numpy()]
+    P = torch.stack(spans).unflatten(0, x.shape[:2])
+    x.register_hook(lambda g: parallel * P @ g + violation * (g - P @ g))
+    return x
+
+
+@pytest.mark.parametrize("weigh", ["q @ k.mT", "k @ q.mT over -2", "einsum, tokens first"])
+def test_double_backward(weigh):
+    model, inputs = ByHand(WEIGHTS[weigh]).double(), both_inputs()
+
+    def penalised(*inputs, hook=None):
+        result = model(*inputs, hook=hook)
+        gradients = torch.autograd.grad(result.pow(3).sum(), inputs, create_graph=True)
+        return torch.cat([g.flatten() for g in gradients]) * 10
+
+    def hook(q, k):
+        return differentiable(q, *SCALES["query"]), differentiable(k, *SCALES["key"])
+
+    penalised.named_parameters = model.named_parameters
+    _, plain = run(penalised, *inputs)
+    _, expected = run(penalised, *inputs, hook=hook)
+    with attach(model, SCALE):
+        _, actual = run(penalised, *inputs)
+    assert largest_error(actual, expected) < 1e-10
+    assert_far(actual, plain)
+
+
+def test_nothing_happens_without_gradients():
+    model, inputs = ByHand(WEIGHTS["q @ k.mT"]).double(), both_inputs()
+    expected = model(*inputs)
+    with attach(model, SCALE) as hooks:
+        for context in (torch.no_grad(), torch.inference_mode()):
+            with context:
+                assert torch.equal(model(*inputs), expected)
+        assert hooks.unseen() == [""]
+        run(model, *inputs)
+        assert hooks.unseen() == []
+
+
+def saved_for_backward(model, *inputs):
+    """The sizes of all storages saved for backward but the parameters'."""
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = model(*inputs)
+    del result
+    for parameter in model.parameters():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    return sorted(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize(
+    "weigh",
+    ["q @ k.mT", "q @ k.transpose", "torch.matmul", "torch.bmm", "k @ q.mT over -2"],
+)
+def test_no_tensor_is_saved_that_plain_code_does_not_save(weigh):
+    model, inputs = ByHand(WEIGHTS[weigh]).double(), both_inputs()
+    plain = saved_for_backward(model, *inputs)
+    with attach(model, SCALE):
+        assert saved_for_backward(model, *inputs) == plain
+
+
+# What else a layer multiplies.
+
+
+class Busy(nn.Module):
+    """A layer with attention and other products, none of which has a parameter of another."""
+
+    def __init__(self, width=H * D):
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "router", "a", "b", "c", "d", "e", "f"):
+            setattr(self, name, nn.Linear(width, width))
+        for name in ("gate", "flat_gate", "turned_gate", "inner", "outer", "mixed", "stacked"):
+            setattr(self, name, nn.Parameter(torch.randn(width, width)))
+
+    def forward(self, x, hook=None):
+        q, k, v = (
+            project(x).unflatten(-1, (H, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if hook is not None:
+            q, k = hook(q, k)
+        flat = x.flatten(0, 1)
+        branches = [
+            scores(q, k).softmax(-1) @ v,
+            torch.relu(x @ self.inner) @ self.outer,
+            (x @ self.gate).softmax(-1),
+            torch.softmax(flat @ self.flat_gate, -1),
+            torch.softmax(torch.matmul(flat, self.turned_gate.t()), -1),
+            torch.einsum("bnd,de->bne", x, self.mixed).softmax(-1),
+            self.router(x).softmax(-1).mT @ x,
+            (self.a(x) @ self.b(x).mT).sigmoid() @ x,
+            self.c(x) @ self.d(x).mT @ x,
+            torch.einsum("bni,bnj->bij", self.e(x), self.f(x)).relu(),
+            torch.addmm(flat, flat, self.stacked).softmax(-1),
+        ]
+        return torch.cat([branch.reshape(B, -1) for branch in branches], dim=1)
+
+
+def test_nothing_else_that_the_layer_multiplies_is_scaled():
+    model, x = Busy().double(), tokens()
+    check(model, x)
+    _, plain = run(model, x)
+    with attach(model, SCALE):
+        _, actual = run(model, x)
+    others = [n for n in plain if n != "0" and n.partition(".")[0] not in ("q_proj", "k_proj")]
+    assert len(others) == 8 * 2 + 7
+    assert all(torch.equal(actual[name], plain[name]) for name in others)
+
+
+class TwoAttentions(nn.Module):
+    def __init__(self, width=H * D):
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "global_q", "global_k", "global_v"):
+            setattr(self, name, nn.Linear(width, width))
+
+    def forward(self, x, hook=None):
+        for names in (("q_proj", "k_proj", "v_proj"), ("global_q", "global_k", "global_v")):
+            q, k, v = (
+                getattr(self, name)(x).unflatten(-1, (H, -1)).transpose(1, 2) for name in names
+            )
+            if hook is not None:
+                q, k = hook(q, k)
+            x = x + (scores(q, k).softmax(-1) @ v).transpose(1, 2).flatten(-2)
+        return x
+
+
+def test_a_layer_with_two_attentions_is_scaled_at_both():
+    weights = [f"{name}.weight" for name in ("q_proj", "k_proj", "global_q", "global_k")]
+    check(TwoAttentions().double(), tokens(), names=weights)
+
+
+class HalfByHand(ByHand):
+    """The first head in the fused call, the others by hand."""
+
+    def forward(self, x, context, hook=None):
+        q, k, v = (
+            project(y).unflatten(-1, (H, -1)).transpose(1, 2)
+            for project, y in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context))
+        )
+        if hook is not None:
+            q, k = hook(q, k)
+            fused = scores(q, k)[:, :1].softmax(-1) @ v[:, :1]
+        else:
+            fused = F.scaled_dot_product_attention(q[:, :1], k[:, :1], v[:, :1])
+        by_hand = self.weigh(q[:, 1:], k[:, 1:]) @ v[:, 1:]
+        return self.out_proj(torch.cat([fused, by_hand], dim=1).transpose(1, 2).flatten(-2))
+
+
+def test_a_layer_that_is_half_by_hand_is_scaled_at_both_halves():
+    model, inputs = HalfByHand(WEIGHTS["q @ k.transpose"]).double(), both_inputs()
+    _, plain = run(model, *inputs)
+    _, expected = run(model, *inputs, hook=oracle())
+    with attach(model, SCALE):
+        _, actual = run(model, *inputs)
+    assert largest_error(actual, expected) < 1e-10
+    for rows in (slice(D), slice(D, None)):
+        halves = [
+            {name: g[rows] for name, g in gradients.items() if name in ("q_proj.weight",)}
+            for gradients in (actual, plain)
+        ]
+        assert_far(*halves, names=["q_proj.weight"])
+
+
+class Outer(ByHand):
+    """A layer by hand around another one."""
+
+    def __init__(self, inner):
+        super().__init__(WEIGHTS["q @ k.mT"])
+        self.inner = inner
+
+    def forward(self, x, hook=None):
+        y = self.inner(x) if hook is None else self.inner(x, hook=hook)
+        return super().forward(x + y, hook=hook)
+
+
+class FusedAround(Outer):
+    def forward(self, x, hook=None):
+        y = self.inner(x) if hook is None else self.inner(x, hook=hook)
+        q, k, v = (
+            project(x + y).unflatten(-1, (H, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if hook is None:
+            return F.scaled_dot_product_attention(q, k, v)
+        q, k = hook(q, k)
+        return scores(q, k).softmax(-1) @ v
+
+
+class FusedInside(ScoreAttention):
+    def __init__(self):
+        super().__init__(H * D, H, causal=False)
+
+    def forward(self, x, hook=None):
+        return super().forward(x) if hook is None else self.reference(x, **SCALES)
+
+
+@pytest.mark.parametrize("outer", [Outer, FusedAround])
+@pytest.mark.parametrize("inner", [lambda: ByHand(WEIGHTS["q @ k.mT"]), FusedInside])
+def test_a_layer_inside_a_layer_and_the_outer_one_are_scaled_once_each(outer, inner):
+    model = nn.ModuleDict({"outer": outer(inner())}).double()["outer"]
+    weights = [f"{at}{name}.weight" for at in ("", "inner.") for name in ("q_proj", "k_proj")]
+    check(model, tokens(), names=weights)
+
+
+@pytest.mark.parametrize(
+    "softmax",
+    [
+        lambda x: x.flatten(-2).softmax(-1).view(x.shape),
+        lambda x: x.softmax(1),
+        lambda x: x.transpose(1, 2).reshape(B, N, H * M).softmax(-1).reshape(x.shape),
+        lambda x: x.exp() / x.exp().sum(-1, keepdim=True),
+    ],
+    ids=["of queries and keys", "of heads", "of heads and keys", "by hand"],
+)
+def test_another_normalisation_is_not_taken_for_attention(softmax):
+    model = ByHand(lambda q, k: softmax(scores(q, k))).double()
+    with attach(model), pytest.raises(UnscaledLayerError, match="not scaled: layer '' "):
+        model(*both_inputs())
+
+
+def test_scores_that_a_softmax_is_taken_of_both_ways_are_not_silently_unscaled():
+    def weigh(q, k):
+        x = scores(q, k)
+        return x.softmax(-1) + x.softmax(-2)
+
+    model, inputs = ByHand(weigh).double(), both_inputs()
+    _, plain = run(model, *inputs)
+    with attach(model, SCALE) as hooks:
+        try:
+            _, actual = run(model, *inputs)
+            hooks.check()
+        except (UnscaledLayerError, ValueError):
+            return
+    assert_far(actual, plain)
+
+
+# Tensors that have no span.
+
+
+def test_heads_that_do_not_broadcast_are_the_error_of_plain_code():
+    model = ByHand(lambda q, k: (q @ k[:, :3].mT).softmax(-1), heads=4)
+    inputs = tokens(width=4 * D, dtype=torch.float32), tokens(width=4 * D, dtype=torch.float32)
+    with pytest.raises(RuntimeError) as plain:
+        model(*inputs)
+    with attach(model), pytest.raises(RuntimeError) as hooked:
+        model(*inputs)
+    assert str(hooked.value) == str(plain.value)
+
+
+def test_nested_tensors_are_refused_by_name():
+    class Nested(ByHand):
+        def forward(self, q):
+            return (q @ q.transpose(-2, -1)).softmax(-1)
+
+    q = torch.nested.nested_tensor([torch.randn(3, D), torch.randn(5, D)], requires_grad=True)
+    model = nn.ModuleDict({"attn": Nested(None)})
+    with attach(model), pytest.raises(TypeError, match=r"layer 'attn': .* nested"):
+        model["attn"](q)
+
+
+def test_complex_tensors_are_never_silently_unscaled():
+    def weigh(q, k):
+        q, k = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k))
+        return (q @ k.mH).real.softmax(-1)
+
+    model = ByHand(weigh)
+    inputs = tokens(dtype=torch.float32), tokens(length=M, dtype=torch.float32)
+    model(*inputs)
+    with attach(model), pytest.raises((TypeError, UnscaledLayerError), match="layer ''"):
+        model(*inputs)
+
+
+def test_scores_that_were_pickled_are_tensors_like_others():
+    def weigh(q, k):
+        stored.append(scores(q, k))
+        return stored[-1].softmax(-1)
+
+    stored, file = [], io.BytesIO()
+    model, inputs = ByHand(weigh).double(), both_inputs()
+    with attach(model):
+        model(*inputs)
+    torch.save(stored[-1], file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False).detach()
+    loaded = copy.deepcopy(loaded)
+    check(ByHand(lambda q, k: (scores(q, k) + loaded).softmax(-1)).double(), *inputs)
+
+
+def test_vmap_is_refused_by_name():
+    model, (x, context) = ByHand(WEIGHTS["q @ k.mT"]).double(), both_inputs()
+    with attach(model), pytest.raises(TypeError, match=r"layer '': .* torch\.vmap"):
+        torch.vmap(lambda x, context: model(x[None], context[None]))(x, context)
+
+
+def test_query_and_key_may_be_the_same_tensor():
+    class Shared(Numbered):
+        def forward(self, x, hook=None):
+            q = k = x @ self.w1
+            if hook is not None:
+                q, k = hook(q, k)
+            return (q @ k.mT).softmax(-1) @ (x @ self.w2)
+
+    check(Shared().double(), tokens(), names=["w1"])
+
+
+# Finding the layers.
+
+
+class NonLocal(nn.Module):
+    """The non-local block of vision models."""
+
+    def __init__(self, width=H * D):
+        super().__init__()
+        self.theta, self.phi, self.g, self.W = (nn.Conv1d(width, width, 1) for _ in range(4))
+        self.softmax = nn.Softmax(dim=-1)
+
+    def forward(self, x, hook=None):
+        y = x.mT
+        theta, phi = self.theta(y).mT, self.phi(y).mT
+        if hook is not None:
+            theta, phi = hook(theta, phi)
+        f = torch.matmul(theta, phi.permute(0, 2, 1))
+        return x + self.W(torch.matmul(self.softmax(f), self.g(y).permute(0, 2, 1)).mT).mT
+
+
+class Numbered(nn.Module):
+    def __init__(self, width=H * D):
+        super().__init__()
+        self.w1, self.w2 = (nn.Parameter(torch.randn(width, width) / 3) for _ in range(2))
+
+    def forward(self, x, hook=None):
+        q, k = x @ self.w1, x @ self.w2
+        if hook is not None:
+            q, k = hook(q, k)
+        return torch.bmm(F.softmax(torch.bmm(q, k.transpose(1, 2)), dim=2), x)
+
+
+class InProj(nn.Module):
+    def __init__(self, width=H * D):
+        super().__init__()
+        self.in_proj, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x, hook=None):
+        q, k, v = self.in_proj(x).unflatten(-1, (3, H, -1)).permute(2, 0, 3, 1, 4)
+        if hook is not None:
+            q, k = hook(q, k)
+        weights = torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1)
+        return self.out(torch.einsum("bhij,bhjd->bihd", weights, v).flatten(-2))
+
+
+UNUSUAL = {
+    NonLocal: (1, ("theta.weight", "phi.weight")),
+    Numbered: (1, ("w1", "w2")),
+    InProj: (H, ("in_proj.weight",)),
+}
+
+
+@pytest.mark.parametrize("layer", UNUSUAL)
+def test_layers_with_unusual_names_are_found_and_scaled(layer):
+    heads, weights = UNUSUAL[layer]
+    model = nn.ModuleDict({"layer": layer().double()})
+    (site,) = find_attention(model)
+    assert (site.name, site.tap, site.certain, site.heads) == ("layer", "softmax", False, None)
+    model = model["layer"]
+    with attach(model, SCALE) as hooks:
+        model(tokens())
+        (site,) = hooks.sites
+        assert (site.tap, site.heads, site.kv_heads) == ("softmax", heads, heads)
+        assert site.head_dim == H * D // heads
+        assert (site.query_length, site.key_length) == (N, N)
+        hooks.forget()
+        assert hooks.unseen() == [""], "once seen, it must be seen in each step"
+    check(model, tokens(), names=weights)
+
+
+class Router(nn.Module):
+    """A mixture of experts: multiplies and takes a softmax, and is no attention."""
+
+    def __init__(self, width=H * D, experts=5):
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, experts), nn.Linear(width, experts * width)
+
+    def forward(self, x):
+        weights = F.softmax(self.gate(x), dim=-1)
+        experts = self.up(x).unflatten(-1, (weights.shape[-1], -1))
+        return (weights.unsqueeze(-2) @ experts).squeeze(-2)
+
+
+class Sigmoid(ByHand):
+    def __init__(self):
+        super().__init__(lambda q, k: scores(q, k).sigmoid())
+
+
+def test_a_layer_that_is_no_attention_is_dropped_in_silence():
+    model = nn.Sequential(Router(), NonLocal(), Router()).double()
+    assert [site.certain for site in find_attention(model)] == [False] * 3
+    optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    before = model[1].theta.weight.detach().clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        run(model, tokens())
+        optimizer.step()
+    assert not torch.equal(model[1].theta.weight, before)
+    assert [site.heads for site in optimizer.hooks.sites] == [None, 1, None]
+
+
+def test_a_router_alone_has_the_gradients_of_plain_code():
+    model, x = nn.Sequential(Router(), NonLocal()).double(), tokens()
+    _, plain = run(model, x)
+    with attach(model, SCALE):
+        _, actual = run(model, x)
+    late = [name for name in plain if name.startswith(("1.g", "1.W"))]
+    assert all(torch.equal(actual[name], plain[name]) for name in late)
+    alone, y = Router().double(), tokens()
+    _, plain = run(alone, y)
+    with attach(alone, SCALE):
+        _, actual = run(alone, y)
+    assert all(torch.equal(actual[name], plain[name]) for name in plain)
+
+
+def test_sigmoid_attention_is_an_error_that_names_it_and_the_layers_that_are_scaled():
+    model = nn.Sequential(ByHand(WEIGHTS["einsum"]), Sigmoid(), NonLocal(), Router()).double()
+    message = r"not scaled: layer '1' \(Sigmoid\); scaled: '0' \(ByHand\), '2' \(NonLocal\)\. "
+    with attach(model), pytest.raises(UnscaledLayerError, match=message):
+        model(tokens())
+    with attach(model, {"*": SCALE, "1": None}) as hooks:
+        run(model, tokens())
+        assert hooks.unseen() == []
+
+
+# torch.compile.
+
+
+class Bare(nn.Module):
+    """Weights of Q and K, each way of its own, in a layer that has projections by name only."""
+
+    def __init__(self, *ways):
+        super().__init__()
+        self.ways = ways
+        self.q_proj, self.k_proj = (nn.Parameter(torch.ones(())) for _ in range(2))
+
+    def forward(self, q, k):
+        weights = [way(*x) for way, *x in zip(self.ways, q.unbind(), k.unbind(), strict=True)]
+        return torch.stack(weights)
+
+    def inputs(self):
+        options = {"dtype": torch.float64, "requires_grad": True}
+        return (torch.randn(len(self.ways), B, H, length, D, **options) for length in (N, M))
+
+
+@pytest.fixture
+def compiled():
+    """What compiles a model in one graph; the compiler is fresh before and after."""
+    torch.compiler.reset()
+    yield lambda model, backend="aot_eager": torch.compile(model, fullgraph=True, backend=backend)
+    torch.compiler.reset()
+
+
+def closed_keys(mask):
+    """Weights with a mask of that kind which closes some keys to all."""
+    closed = (WINDOW | PADDED_KEYS).expand(B, H, N, M)
+    return lambda q, k: MASKS[mask](scores(q, k), closed).softmax(-1)
+
+
+COMPILED = {
+    "products": [WEIGHTS[name] for name in ("q @ k.transpose", "torch.bmm")],
+    "other orders": [WEIGHTS[name] for name in ("k @ q.mT over -2", "einsum, tokens first")],
+    "mask": [closed_keys("masked_fill")],
+}
+# Without a projection, which is much faster to compile.
+COMPILED_UNIFORM = {
+    "products": ("torch.matmul", "torch.baddbmm", "einsum, ellipsis", "k @ q.mT, transposed"),
+    "ways": ("in place", "softcap", "cast by softmax", "to and fro", "with a sink"),
+}
+
+
+def check_compiled(model, run_compiled, scale):
+    inputs = [*model.inputs()]
+    _, plain = run(model, *inputs)
+    with attach(model, scale) as hooks:
+        _, eager = run(model, *inputs)
+        for _ in range(2):
+            hooks.forget()
+            _, actual = run(run_compiled, *inputs)
+            assert hooks.unseen() == [], "every compiled call must report"
+    for i in range(len(model.ways)):
+        one = [{side: g[side][i] for side in "01"} for g in (actual, eager, plain)]
+        assert largest_error(*one[:2]) < 1e-10
+        assert_far(one[1], one[2], "01")
+
+
+@pytest.mark.parametrize("ways", COMPILED.values(), ids=COMPILED)
+def test_compiled_in_one_graph_the_gradients_equal_eager_ones(ways, compiled):
+    model = Bare(*ways)
+    check_compiled(model, compiled(model), SCALE)
+
+
+@pytest.mark.parametrize("names", COMPILED_UNIFORM.values(), ids=COMPILED_UNIFORM)
+def test_compiled_without_a_projection_the_gradients_equal_eager_ones(names, compiled):
+    model = Bare(*(WEIGHTS[name] for name in names))
+    check_compiled(model, compiled(model), SpanScale(query=(2.0, 2.0), key=(3.0, 3.0)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*")
+@pytest.mark.parametrize("weigh", ["q @ k.transpose", "k @ q.mT over -2"])
+def test_compiled_by_inductor(weigh, compiled):
+    model = Bare(WEIGHTS[weigh])
+    check_compiled(model, compiled(model, "inductor"), SCALE)
+
+
+def test_a_change_of_scale_acts_without_a_new_compilation(compiled):
+    model = Bare(WEIGHTS["k @ q.mT over -2"])
+    inputs = [*model.inputs()]
+    with attach(model, SCALE) as hooks:
+        run_compiled = compiled(model)
+        run(run_compiled, *inputs)
+        for factor in (3.0, 0.25, -1.0):
+            hooks.groups[0].update(query=(factor, 0.5), key=(0.5, factor))
+            _, eager = run(model, *inputs)
+            with torch.compiler.set_stance("fail_on_recompile"):
+                _, actual = run(run_compiled, *inputs)
+            assert largest_error(actual, eager) < 1e-10
+
+
+class Turned(nn.Module):
+    """Attention that torch.compile hides from the tap: a property turns the scores."""
+
+    def __init__(self, *names):
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Linear(D, D))
+
+    def forward(self, x):
+        q, k = (project(x) for project in self.children())
+        return (k @ q.mT).mT.softmax(-1) @ x
+
+
+@pytest.mark.parametrize("names", [("q_proj", "k_proj"), ("theta", "phi")])
+def test_what_is_lost_when_compiled_is_an_error_and_never_silent(names, compiled):
+    model, x = Turned(*names), tokens(width=D, dtype=torch.float32)
+    scales = {"*": (3.0, 3.0)}
+    with attach(model, scales) as hooks:
+        model(x)
+        assert hooks.sites[0].query_length == N, "seen in eager code"
+    optimizer = SpanScaledOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, scales=scales
+    )
+
+    def train():
+        run(compiled(model), x)
+        optimizer.step()
+
+    with pytest.raises((UnscaledLayerError, Unsupported), match="not scaled"):
+        train()
+
+
+class FlatRouter(nn.Module):
+    """Attention, and a router on tokens without a batch dimension, its weight as a parameter."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.q_proj, self.k_proj, self.weight = (
+            nn.Parameter(torch.randn(rows, D, dtype=torch.float64)) for rows in (D, D, 5)
+        )
+        self.of = of
+
+    def forward(self, x, hook=None):
+        q, k = x @ self.q_proj, x @ self.k_proj
+        if hook is not None:
+            q, k = hook(q, k)
+        y = scores(q, k).softmax(-1)
+        routed = torch.matmul(x.flatten(0, 1), self.of(self.weight)).softmax(-1)
+        return torch.cat([y.flatten(), routed.flatten()])
+
+
+FLAT = {
+    "itself": lambda weight: weight.t(),
+    "cast": lambda weight: weight.to(torch.float32).double().t(),
+    "normalised": lambda weight: F.normalize(weight, dim=-1).t(),
+}
+
+
+@pytest.mark.parametrize("weight", FLAT.values(), ids=FLAT)
+def test_the_weight_of_a_router_is_no_key(weight):
+    check(FlatRouter(weight), tokens(width=D), names=["q_proj", "k_proj"])
+
+
+def test_the_weight_of_a_router_is_no_key_when_compiled(compiled):
+    model, x = FlatRouter(FLAT["itself"]), tokens(width=D)
+    _, plain = run(model, x)
+    with attach(model, {"*": (3.0, 3.0)}):
+        _, actual = run(compiled(model), x)
+    assert largest_error({"weight": actual["weight"]}, {"weight": plain["weight"]}) < 1e-10
+    assert_far(actual, plain, ["q_proj", "k_proj"])
