@@ -13,7 +13,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Expect the tests in known_gaps.txt to fail: each is a case that is to work and does not yet."""
+    """Expect the tests in known_gaps.txt to fail: cases that are to work and do not yet."""
     path = Path(__file__).parent / "known_gaps.txt"
     gaps = set(path.read_text(encoding="utf-8").splitlines())
     for item in items:
