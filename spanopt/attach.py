@@ -138,7 +138,10 @@ class SpanHooks:
                 "an entry of span_groups was replaced, added or removed, which scales nothing: "
                 "set the fields of the entries that are there"
             )
-        return [tap.site.name for tap in self._taps if tap.is_attention() and not tap.seen]
+        missing = [tap for tap in self._taps if tap.is_attention() and not tap.seen]
+        if not missing and not any(tap.seen for tap in self._taps):
+            missing = self._taps  # nothing at all was scaled, though layers may be attention
+        return [tap.site.name for tap in missing]
 
     def forget(self) -> None:
         """Forget which layers were seen, as after an optimizer step.
@@ -149,6 +152,7 @@ class SpanHooks:
         """
         for tap in self._taps:
             tap.seen = False
+            tap.forget_tokens()
 
     def check(self) -> None:
         """Complain, as ``on_missing`` says, of every scaled layer that was not seen.
@@ -173,7 +177,8 @@ class SpanHooks:
             f"{', '.join(map(repr, missing))} (scaled: {_listed(scaled)}). Q and K were not seen "
             "in a forward pass with gradients. If a layer was skipped or is frozen on purpose, "
             "pass on_missing='warn' or 'ignore', or scale it with None; if its forward was called "
-            "directly, call the module instead"
+            "directly, call the module instead; if its attention runs where gradients are off, as "
+            f"in a function with a backward of its own, they can't be seen there. {_BY_HAND}"
         )
         if self._on_missing == "error":
             self.forget()
@@ -366,17 +371,30 @@ def table(hooks: SpanHooks) -> str:
         ("layer", "class", "tap", "heads", "head dim", "query (par, vio)", "key (par, vio)")
     ]
     for site in hooks.sites:
-        heads = "?" if site.heads is None else str(site.heads)
-        if site.kv_heads != site.heads:
-            heads += f"/{site.kv_heads}"
         scales = ["left alone", "left alone"]
         if site.name in groups:
             scale = groups[site.name].scale
             scales = [", ".join(map(str, scale.side(side))) for side in ("query", "key")]
-        head_dim = "?" if site.head_dim is None else str(site.head_dim)
-        tap = site.tap or "?"
-        rows.append((site.name or '""', site.class_name, tap, heads, head_dim, *scales))
+        rows.append((*described(site), *scales))
     return aligned(rows)
+
+
+def described(layer: Any) -> tuple[str, ...]:
+    """Return name, class, tap, heads and head dimension of a layer, as cells of a table.
+
+    Args:
+        layer: An :class:`~spanopt.sites.AttentionSite`, or what has its fields.
+
+    Example:
+        >>> from torch import nn
+        >>> described(find_attention(nn.TransformerEncoderLayer(8, nhead=2))[0])
+        ('self_attn', 'MultiheadAttention', 'packed', '2', '4')
+    """
+    heads = "?" if layer.heads is None else str(layer.heads)
+    if layer.kv_heads != layer.heads:
+        heads += f"/{layer.kv_heads}"
+    head_dim = "?" if layer.head_dim is None else str(layer.head_dim)
+    return layer.name or '""', layer.class_name, layer.tap or "?", heads, head_dim
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -413,6 +431,8 @@ class _Enter(_Hook):
                     "would silently lose: detach() the optimizer or remove() the hooks first"
                 )
             self.tap.enter((args, kwargs))
+        elif not torch.compiler.is_compiling():
+            self.tap.pass_by()
 
 
 class _Leave(_Hook):

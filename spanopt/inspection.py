@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spanopt.attach import aligned, attach
+from spanopt.attach import aligned, attach, described
 from spanopt.sites import AttentionSite, find_attention, unwrap
 
 __all__ = ["InspectedLayer", "Inspection", "guess_inputs", "inspect_model"]
@@ -68,16 +68,12 @@ class Inspection:
         return {"ok": self.ok, "note": self.note, "layers": [asdict(x) for x in self.layers]}
 
     def __str__(self) -> str:
-        rows = [("layer", "class", "tap", "heads", "head dim", "Q/K train", "scaled")]
+        rows: list[tuple[str, ...]] = [
+            ("layer", "class", "tap", "heads", "head dim", "Q/K train", "scaled")
+        ]
         for x in self.layers:
-            heads = "?" if x.heads is None else str(x.heads)
-            if x.kv_heads != x.heads:
-                heads += f"/{x.kv_heads}"
-            head_dim = "?" if x.head_dim is None else str(x.head_dim)
             scaled = "yes" if x.missed is None else f"no: {x.missed}"
-            rows.append(
-                (x.name or '""', x.class_name, x.tap or "?", heads, head_dim, x.trains, scaled)
-            )
+            rows.append((*described(x), x.trains, scaled))
         scaled_layers = sum(x.missed is None for x in self.layers)
         summary = f"{scaled_layers} of {len(self.layers)} attention layers can be scaled"
         table = f"{aligned(rows)}\n\n" if self.layers else ""

@@ -75,8 +75,8 @@ def uniform_node(x: Tensor, factor: Tensor) -> Tensor:
 
 def switched_node(
     x: Tensor,
-    query: tuple[Tensor, Tensor],
-    key: tuple[Tensor, Tensor],
+    query: Tensor,
+    key: Tensor,
     *,
     project: bool = True,
     ridge: float | None = None,
@@ -91,7 +91,7 @@ def switched_node(
 
     Args:
         x: Shape ``(B, ..., N, d)`` or ``(N, d)``.
-        query: ``(parallel, violation)`` that hold if ``x`` is Q, of shape ``()`` or ``(H,)``. Where
+        query: Parallel and violation that hold if ``x`` is Q, shape ``(2,)`` or ``(2, H)``. Where
             both are 1 the gradient is multiplied by 1 and not left alone.
         key: Likewise, if it is K.
         project: Whether any of the factors differ; otherwise nothing is projected.
@@ -104,13 +104,13 @@ def switched_node(
     Example:
         >>> import torch
         >>> q = torch.ones(2, 1, requires_grad=True)
-        >>> twice, once = (torch.tensor(2.0),) * 2, (torch.tensor(1.0),) * 2
+        >>> twice, once = torch.tensor([2.0, 2.0]), torch.tensor([1.0, 1.0])
         >>> y, switch, padding = switched_node(q, twice, once)
         >>> switch_on(y * 3, switch, padding, side="query").sum().backward()
         >>> q.grad.flatten()
         tensor([6., 6.])
     """
-    return _SwitchedNode.apply(x, *query, *key, documents, project, ridge)
+    return _SwitchedNode.apply(x, query, key, documents, project, ridge)
 
 
 def switch_on(
@@ -212,7 +212,7 @@ class _SwitchedNode(torch.autograd.Function):
     def backward(
         ctx: Any, grad: Tensor | None, switch: Tensor | None, padding: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        rest = (None,) * 7
+        rest = (None,) * 5
         if grad is None or switch is None:
             return grad, *rest
         x, documents = ctx.saved_tensors
@@ -223,14 +223,14 @@ class _SwitchedNode(torch.autograd.Function):
             mask = (padding if x.ndim > 2 else padding[0]) < switch.abs()
             mask = mask[(slice(None), *(None,) * (x.ndim - 3))] if x.ndim > 3 else mask
         heads = x.shape[-3] if x.ndim > 2 else 0
-        query_parallel, query_violation, key_parallel, key_violation = (
-            # A number of values that is not that of the heads is the other side's.
-            factor if factor.ndim == 0 or factor.shape[0] == heads else factor[0]
-            for factor in ctx.factors
+        # A number of values that is not that of the heads is the other side's.
+        query, key = (
+            factors if factors.ndim == 1 or factors.shape[1] == heads else factors[:, 0]
+            for factors in ctx.factors
         )
-        is_query = switch > 0
-        parallel = torch.where(is_query, query_parallel, key_parallel)
-        violation = torch.where(is_query, query_violation, key_violation)
+        if query.ndim != key.ndim:
+            query, key = (x if x.ndim > 1 else x[:, None] for x in (query, key))
+        parallel, violation = torch.where(switch > 0, query, key).unbind()
         if ctx.project:
             scaled = rescale_tokens(grad, x, parallel, violation, ctx.ridge, mask, documents)
         else:

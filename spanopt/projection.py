@@ -196,7 +196,7 @@ def rescale_by_document(
         parallel=parallel,
         violation=violation,
         ridge=ridge,
-        mask=real.reshape(len(index), *(1,) * (grad.ndim - 3), -1),
+        mask=real.reshape(len(index), *(1,) * (grad.ndim - 3), index.shape[1]),
     )
     b = _per_head(violation, _compute_dtype(grad.dtype), grad.device)
     tokens = by_token((grad * b).to(grad.dtype))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 
 __all__ = ["AttentionSite", "find_attention", "is_inside", "named_modules", "unwrap"]
@@ -113,8 +113,8 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
     4. its own code multiplies matrices and takes a softmax, and it owns at least two modules with
        parameters or none: not ``certain`` before the first forward pass.
 
-    A layer of the third or fourth kind that contains another with parameters of its own only wraps
-    it, and is left out; a layer without parameters inside one of the third kind is a part of it.
+    A layer of the third or fourth kind that contains another with projections of its own only wraps
+    it, and is left out; a layer without projections inside one of the third kind is a part of it.
     A module that is used twice appears once. ``torch.compile`` and data-parallel wrappers are
     looked through, and the names are those without them.
 
@@ -247,9 +247,7 @@ def _site(
 def _is_part_of_another(
     name: str, module: nn.Module, found: dict[str, tuple[nn.Module, str]]
 ) -> bool:
-    if next(module.parameters(), None) is not None:
-        return False
-    return any(
+    return not _may_project(module) and any(
         kind == "projections" and is_inside(name, outer) for outer, (_, kind) in found.items()
     )
 
@@ -267,10 +265,21 @@ def _only_wraps_another(
         return False
     return any(
         is_inside(inner, name)
-        and next(other.parameters(), None) is not None
+        and _may_project(other)
         and (kind == "product" or inner_kind != "product")
         for inner, (other, inner_kind) in found.items()
     )
+
+
+def _may_project(module: nn.Module) -> bool:
+    """Whether a module has a matrix that could make Q and K of its input."""
+    weights = (
+        getattr(part, "weight", None)
+        for part in module.modules()
+        if not isinstance(part, nn.Embedding)
+    )
+    packed = any(isinstance(part, nn.MultiheadAttention) for part in module.modules())
+    return packed or any(isinstance(x, Tensor) and x.ndim == 2 for x in weights)
 
 
 def _owns_projections(module: nn.Module) -> bool:

@@ -12,15 +12,6 @@ def pytest_addoption(parser):
     parser.addoption("--models-table", metavar="FILE", help="write what was tested of models here")
 
 
-def pytest_collection_modifyitems(items):
-    """Expect the tests in known_gaps.txt to fail: cases that are to work and do not yet."""
-    path = Path(__file__).parent / "known_gaps.txt"
-    gaps = set(path.read_text(encoding="utf-8").splitlines())
-    for item in items:
-        if item.nodeid in gaps:
-            item.add_marker(pytest.mark.xfail(reason="known gap", strict=False))
-
-
 def pytest_runtest_logreport(report):
     if report.when == "call" and report.passed:
         models_table.note(dict(report.user_properties))

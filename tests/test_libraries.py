@@ -414,6 +414,8 @@ X_TRANSFORMERS = {
     "encoder-decoder": (XSeq2Seq, two_texts, 6),
 }
 ROTARY = {"rotary_pos_emb": True, "rotary_emb_dim": DIM}
+TALKING_HEADS = {"attn_pre_talking_heads": True, "attn_post_talking_heads": True}
+TOP_K = {"attn_sparse_topk": 3}
 OF_ALL = {
     "": {},
     ", rotary": ROTARY,
@@ -428,9 +430,10 @@ OF_DECODERS = {
     ", tied": {"depth": 3, "weight_tie_layers": True},
 }
 OF_MANUAL_DECODERS = {
-    ", talking heads": {"attn_pre_talking_heads": True, "attn_post_talking_heads": True},
+    ", talking heads": TALKING_HEADS,
     ", learned sink": {"attn_head_learned_sink": True},
     ", residual_attn": {"residual_attn": True},
+    ", top-k": TOP_K,
 }
 ADAPTERS = {
     "LoRA q k": lora("q_proj", "k_proj"),
@@ -583,6 +586,11 @@ PADDED = {
         for model in (Encoder, Decoder)
         for way, flash in (("flash", True), ("manual", False))
         for name, options in {"plain": {}, "rotary": ROTARY}.items()
+    },
+    **{
+        f"{model.__name__} {name} manual": partial(x_transformer, model, **options)
+        for model in (Encoder, Decoder)
+        for name, options in {"talking heads": TALKING_HEADS, "top-k": TOP_K}.items()
     },
     "encoder-decoder flash": partial(XSeq2Seq, attn_flash=True),
     "encoder-decoder manual": partial(XSeq2Seq, attn_flash=False),

@@ -436,6 +436,34 @@ def test_after_an_interrupt_a_projection_that_runs_elsewhere_is_left_alone():
         assert_close(gradients(layer, layer.wq(x).pow(3).sum()), plain, 1e-14)
 
 
+class Positions(Attention):
+    """Adds projected positions to the keys, whose gradient is then that of two modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.wp = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("positions", torch.randn(9, WIDTH))
+
+    def project(self, x, on_key=lambda k: k):
+        k = on_key(self.wk(x))
+        q, k, v = self.wq(x), k + self.wp(self.positions.expand_as(x)), self.wv(x)
+        return tuple(y.unflatten(-1, (HEADS, -1)).transpose(-3, -2) for y in (q, k, v))
+
+    def reference(self, x, key):
+        def on_key(k):
+            by_head = oracle_hook(k.unflatten(-1, (HEADS, -1)).transpose(-3, -2) * 1.0, *key)
+            return by_head.transpose(-3, -2).flatten(-2)
+
+        return self.attend(*self.project(x, on_key))
+
+
+def test_the_gradient_of_what_is_added_to_a_projection_is_left_alone():
+    layer, x = Positions().double(), normal(2, 9, WIDTH)
+    expected = gradients(layer, layer.reference(x, (3.0, 0.5)).pow(3).sum())
+    with attach(layer, SpanScale(1.0, 1.0, key=(3.0, 0.5)), projections={"": MAP}):
+        assert_close(gradients(layer, layer(x).pow(3).sum()), expected)
+
+
 class OneForBoth(Attention):
     """Queries and keys are the same tensor."""
 

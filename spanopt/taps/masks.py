@@ -12,6 +12,7 @@ __all__ = [
     "Tokens",
     "allowed",
     "allowed_by_fill",
+    "appended",
     "both",
     "by_document",
     "given_tokens",
@@ -171,6 +172,30 @@ def real_tokens(
     )
 
 
+def appended(tokens: Tokens, count: int) -> Tokens:
+    """Return tokens followed by others that are real, and of no document.
+
+    Args:
+        tokens: What is given.
+        count: How many the layer appends.
+
+    Returns:
+        The longer tokens.
+
+    Example:
+        >>> import torch
+        >>> appended(Tokens(torch.tensor([[True, False]]), torch.tensor([[0, 2]])), 1)
+        Tokens(mask=tensor([[ True, False,  True]]), documents=tensor([[0, 3]]))
+    """
+    mask, documents = tokens
+    if mask is None or not count:
+        return tokens
+    length = mask.shape[1]
+    if documents is not None:
+        documents = documents + documents // length * count
+    return Tokens(torch.nn.functional.pad(mask, (0, count), value=True), documents)
+
+
 def by_document(tokens: Tokens, shape: torch.Size) -> Tensor | None:
     """Return the documents given for (B, L) tokens, for a Q or K of this shape.
 
@@ -251,7 +276,7 @@ def _fit(real: Tensor | None, shape: torch.Size) -> Tensor | None:
         return real.any(0)
     rows, batch = len(real), shape[0]
     if rows > batch:  # heads or sequences share this Q or K
-        real = real.reshape(batch, rows // batch, -1).any(1)
+        real = real.unflatten(0, (batch, rows // batch)).any(1)
     elif 1 < rows < batch:  # heads are merged into the batch
         real = real.repeat_interleave(batch // rows, dim=0)
     return real[(slice(None), *(None,) * (len(shape) - 3))]

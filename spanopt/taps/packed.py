@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from spanopt.taps.masks import Tokens, allowed, read, real_tokens
+from spanopt.taps.masks import Tokens, allowed, appended, read, real_tokens
 from spanopt.taps.tap import SideScale, Tap
 
 __all__ = ["HANDLERS"]
@@ -64,17 +64,19 @@ def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any
     if tap.query.mode == tap.key.mode == "identity":
         return func(*args, **kwargs)
     queries, keys = (tokens or Tokens() for tokens in tap.given() or (None, None))
+    keys = appended(keys, (bound["bias_k"] is not None) + bool(bound["add_zero_attn"]))
+    same = query is key or (query.shape == key.shape and tap.is_self_attention(query, key))
     return _forward(
-        *tap.query, *tap.key, *queries, *keys, query is key, tap.site.name, heads, *args, **kwargs
+        *tap.query, *tap.key, *queries, *keys, same, tap.site.name, heads, *args, **kwargs
     )
 
 
 @torch.compiler.allow_in_graph
 def _forward(*args: Any, **kwargs: Any) -> Any:
     # torch.compile takes tensors and numbers across this border, so all comes unpacked.
-    scales = SideScale(*args[:4]), SideScale(*args[4:8])
-    given = Tokens(*args[8:10]), Tokens(*args[10:12])
-    self_attention, layer, heads, *rest = args[12:]
+    scales = SideScale(*args[:3]), SideScale(*args[3:6])
+    given = Tokens(*args[6:8]), Tokens(*args[8:10])
+    self_attention, layer, heads, *rest = args[10:]
     with _ScoreProduct(scales, given, self_attention, layer, heads):
         return _transparent(*rest, **kwargs)
 

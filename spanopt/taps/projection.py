@@ -17,7 +17,7 @@ from spanopt.node import rescale_tokens
 from spanopt.scale import SpanScale
 from spanopt.sites import AttentionSite
 from spanopt.taps.masks import Tokens, given_tokens
-from spanopt.taps.tap import Tap
+from spanopt.taps.tap import Tap, thread
 
 __all__ = ["Projection", "ProjectionTap", "owns_projections", "projections_of"]
 
@@ -125,6 +125,12 @@ def projections_of(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> li
         raise ValueError(
             f"projections[{layer!r}]: layout must be one of {_LAYOUTS}, got {layout!r}"
         )
+    if "key" in spec and spec["key"] == spec["query"]:
+        raise ValueError(
+            f"projections[{layer!r}]: {spec['key']!r} is named as 'query' and as 'key': one tensor "
+            "for both has one gradient, of which nothing tells the sides apart; write "
+            "q = spanopt.span_node(q, parallel, violation) and the same for k in the layer instead"
+        )
     result = []
     for part in given:
         name = spec[part]
@@ -199,7 +205,8 @@ class ProjectionTap(Tap):
             TypeError: The output is not a dense floating-point tensor.
             ValueError: Its features do not divide into heads.
         """
-        if self.current_call() is None:
+        call = self.current_call()
+        if call is None or not self.is_live():
             return output
         layer, name = self.site.name, projection.name
         if not isinstance(output, Tensor) or output.ndim < 2:
@@ -223,9 +230,15 @@ class ProjectionTap(Tap):
         idle = all(mode == "identity" for mode in settings[::_PER_SIDE])
         if idle or not (output.requires_grad and torch.is_grad_enabled()):
             return output
-        return _ProjectionNode.apply(
-            output, projection.blocks, projection.width, projection.sides, *settings
-        )
+        thread.busy = True  # compiled code traces the backward here, where there is no call
+        try:
+            result = _ProjectionNode.apply(
+                output, projection.blocks, projection.width, projection.sides, *settings
+            )
+        finally:
+            thread.busy = False
+        call.streams.follow("", result, (output,), {})
+        return result
 
     def _note(self, side: str, shape: torch.Size, trains: bool) -> None:
         """Mark the layer as seen once the shapes of both sides are known."""
@@ -253,7 +266,7 @@ class ProjectionTap(Tap):
         try:
             return super().__torch_function__(func, types, args, kwargs)
         except RuntimeError as error:
-            if "_ProjectionNode" not in str(error):
+            if not any(text in str(error) for text in ("_ProjectionNode", "a custom Function")):
                 raise
             raise RuntimeError(
                 f"layer {self.site.name!r} changes the output of a projection in place, which the "
@@ -261,7 +274,7 @@ class ProjectionTap(Tap):
             ) from error
 
 
-_PER_SIDE = 6  # mode, parallel, violation, ridge, mask, documents
+_PER_SIDE = 5  # mode, factors, ridge, mask, documents
 
 
 class _ProjectionNode(torch.autograd.Function):
@@ -273,14 +286,14 @@ class _ProjectionNode(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.blocks, ctx.width, ctx.sides, *settings = inputs
         ctx.settings = [settings[i : i + _PER_SIDE - 2] for i in range(0, len(settings), _PER_SIDE)]
-        masks = [settings[i + 4 : i + 6] for i in range(0, len(settings), _PER_SIDE)]
+        masks = [settings[i + 3 : i + 5] for i in range(0, len(settings), _PER_SIDE)]
         ctx.save_for_backward(x, *(mask for pair in masks for mask in pair))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *masks = ctx.saved_tensors
         grad = grad.clone(memory_format=torch.contiguous_format)
-        for i, ((_, first, count), (mode, parallel, violation, ridge)) in enumerate(
+        for i, ((_, first, count), (mode, factors, ridge)) in enumerate(
             zip(ctx.sides, ctx.settings, strict=True)
         ):
             if mode == "identity":
@@ -292,13 +305,9 @@ class _ProjectionNode(torch.autograd.Function):
                 ].movedim(-4, -2)
                 for t in (grad, x)
             )
-            scaled = rescale_tokens(
-                part.flatten(-4, -3),
-                basis.flatten(-4, -3),
-                parallel,
-                violation,
-                ridge,
-                *masks[2 * i : 2 * i + 2],
-            )
+            parallel, violation = factors.unbind()
+            mask, documents = masks[2 * i : 2 * i + 2]
+            g, x_of_side = part.flatten(-4, -3), basis.flatten(-4, -3)
+            scaled = rescale_tokens(g, x_of_side, parallel, violation, ridge, mask, documents)
             part.copy_(scaled.view_as(part))
         return grad, *(None,) * (3 + _PER_SIDE * len(ctx.sides))

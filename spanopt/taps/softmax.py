@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spanopt.node import switch_on, switched_node
 from spanopt.taps.masks import Read, Tokens, allowed, allowed_by_fill, both, by_document, read
@@ -57,7 +57,7 @@ class _Scores:
         products: The products that add up to the scores; empty after the softmax.
         axes: Dimensions, counted from the end, of the left and of the right operand's tokens.
         read: The real tokens, left and right, as the masks met so far tell.
-        widened: Further keys were appended: masks from here on are of another size.
+        widened: Further keys were put before the others: masks from here on do not fit.
     """
 
     def __init__(
@@ -88,35 +88,46 @@ def _carry(tap: Tap, result: Any, scores: _Scores) -> Any:
     return result
 
 
+def _carry_product(tap: Tap, result: Any, scores: _Scores) -> Any:
+    tap.streams().note_scores(result)
+    return _carry(tap, result, scores)
+
+
 # Products, where scores come from.
 
 
 def _matmul(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    if "other" in kwargs:
-        args = (*args, kwargs.pop("other"))
     if len(args) != 2 or kwargs:
         return func(*args, **kwargs)
     left, right = args[::-1] if func is Tensor.__rmatmul__ else args
     if not _may_be_attention(tap, left, right):
         return func(*args)
-    product = _product(tap, left, right, left, right.mT)
+    x, y = _as_multiplied(left, right)
+    product = _product(tap, left, right, x, y.mT)
     result = torch.matmul(product.left.node, product.right.node.mT)
-    return _carry(tap, result, _Scores((product,)))
+    return _carry_product(tap, result, _Scores((product,)))
+
+
+def _as_multiplied(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Make the copies that matmul makes and saves for backward, so that nodes save no others."""
+    if left.ndim < 4 or left.shape[:-2] != right.shape[:-2]:
+        return left, right
+    batch = left.shape[:-2].numel()
+    left, right = (x.reshape(batch, *x.shape[-2:]).view(x.shape) for x in (left, right))
+    return left, right
 
 
 def _bmm(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    for name in ("mat2", "batch1", "batch2"):  # operands that were given by name
-        if name in kwargs:
-            args = (*args, kwargs.pop(name))
     if len(args) < 2 or not _may_be_attention(tap, *args[-2:]):
         return func(*args, **kwargs)
     *bias, left, right = args
     product = _product(tap, left, right, left, right.mT)
     result = func(*bias, product.left.node, product.right.node.mT, **kwargs)
     scores = _Scores((product,))
+    _carry_product(tap, result, scores)
     if bias and kwargs.get("beta", 1) != 0:
-        scores = _masked(scores, result, allowed(bias[0]))
-    return _carry(tap, result, scores)
+        _mask(tap, result, allowed(bias[0]), bias[0])
+    return result
 
 
 def _einsum(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,7 +146,7 @@ def _einsum(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         product.left.node.permute(_inverse(left_order)),
         product.right.node.permute(_inverse(right_order)),
     )
-    return _carry(tap, func(equation, *nodes), _Scores((product,), axes))
+    return _carry_product(tap, func(equation, *nodes), _Scores((product,), axes))
 
 
 def _orders(
@@ -191,12 +202,21 @@ def _may_be_attention(tap: Tap, left: Any, right: Any) -> bool:
         scores = _scores(tap, x)
         if scores is not None and not scores.products:  # the softmax's result, times the values
             return False
-    if left.is_nested or right.is_nested:
-        tap.refuse(left=left, right=right)
-    # Against a matrix without a batch dimension, or a parameter as it is, it is a linear map.
-    if min(left.ndim, right.ndim) < 3 or isinstance(right, nn.Parameter):
+    if not tap.is_live():
         return False
-    if not left.is_floating_point() or not right.is_floating_point() or not tap.is_live():
+    if left.is_nested or right.is_nested:  # the layer is reported as one that was not scaled
+        tap.multiplied = True
+        return False
+    if not left.is_floating_point() or not right.is_floating_point():
+        return False
+    streams = tap.streams()
+    # Against a parameter it is a linear map, and against a matrix without a batch dimension,
+    # unless both were computed from what the layer was called with.
+    if streams.is_weight(right):
+        return False
+    if min(left.ndim, right.ndim) < 3 and not (
+        left.ndim == right.ndim == 2 and streams.of(left) and streams.of(right)
+    ):
         return False
     tap.multiplied = True
     return True
@@ -215,8 +235,8 @@ def _operand(tap: Tap, x: Tensor, given: Tokens | None) -> _Operand:
         return _Operand(x, x, None)
     node, switch, real = switched_node(
         x,
-        (query.parallel, query.violation),
-        (key.parallel, key.violation),
+        query.factors,
+        key.factors,
         project="general" in (query.mode, key.mode),
         ridge=query.ridge,
         documents=None if given is None else by_document(given, x.shape),
@@ -233,11 +253,24 @@ def _elementwise(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     if not found or not _keeps_axes(tap, result, args, found[0]):
         return result
     scores = found[0]
-    if len(found) > 1 and found[1] is not scores and scores.axes == found[1].axes:
-        products = scores.products + found[1].products
-        widened = scores.widened or found[1].widened
-        scores = _Scores(products, scores.axes, both(scores.read, found[1].read), widened)
+    for other in found[1:]:
+        scores = _together(scores, other)
     return _carry(tap, result, scores)
+
+
+def _together(a: _Scores, b: _Scores) -> _Scores:
+    """Return the sum of two scores, or of a tensor with itself."""
+    if a is b:
+        return a
+    if a.axes == b.axes[::-1]:  # one of the products is keys by queries
+        turned = tuple(
+            _Product(product.right, product.left, product.self_attention, [])
+            for product in b.products
+        )
+        b = _Scores(turned, a.axes, b.read and b.read[::-1], b.widened)
+    if a.axes != b.axes:
+        return a
+    return _Scores(a.products + b.products, a.axes, both(a.read, b.read), a.widened or b.widened)
 
 
 def _keeps_axes(tap: Tap, result: Any, args: Any, scores: _Scores) -> bool:
@@ -257,7 +290,7 @@ def _add(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     masks = [x for x in args[:2] if isinstance(x, Tensor) and _scores(tap, x) is None]
     if scores is not None and masks and masks[0].dtype != torch.bool:
         mask = masks[0].detach() * kwargs.get("alpha", 1)
-        _carry(tap, result, _masked(scores, result, allowed(mask)))
+        _mask(tap, result, allowed(mask), masks[0])
     return result
 
 
@@ -268,30 +301,27 @@ def _sub(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         return result
     if _scores(tap, args[1]) is None and args[1].ndim and args[1].shape[-1] > 1:
         mask = -args[1].detach() * kwargs.get("alpha", 1)  # it is no maximum of each row
-        _carry(tap, result, _masked(scores, result, allowed(mask)))
+        _mask(tap, result, allowed(mask), args[1])
     return result
 
 
 def _masked_fill(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     result = _elementwise(tap, func, *args, **kwargs)
-    scores = _scores(tap, result)
-    if scores is not None:
-        where = args[1] if len(args) > 1 else kwargs["mask"]
-        value = args[2] if len(args) > 2 else kwargs["value"]
-        _carry(tap, result, _masked(scores, result, allowed_by_fill(where.bool(), value)))
+    if _scores(tap, result) is not None:
+        _, where, value = args
+        _mask(tap, result, allowed_by_fill(where.bool(), value), where)
     return result
 
 
 def _where(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     result = _elementwise(tap, func, *args, **kwargs)
-    scores = _scores(tap, result)
-    if scores is not None and len(args) == 3:
+    if _scores(tap, result) is not None and len(args) == 3:
         # torch.where(condition, x, y) or x.where(condition, y)
         condition, x, y = args if _scores(tap, args[0]) is None else (args[1], args[0], args[2])
-        condition = condition.bool()
+        where = ~condition.bool()
         if _scores(tap, x) is None:
-            condition, y = ~condition, x
-        _carry(tap, result, _masked(scores, result, allowed_by_fill(~condition, y)))
+            where, y = ~where, x
+        _mask(tap, result, allowed_by_fill(where, y), condition)
     return result
 
 
@@ -301,7 +331,7 @@ def _setitem(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     scores = _scores(tap, x)
     by_mask = isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim == x.ndim
     if scores is not None and by_mask and not (isinstance(value, Tensor) and value.ndim):
-        _carry(tap, x, _masked(scores, x, allowed_by_fill(index, value)))
+        _mask(tap, x, allowed_by_fill(index, value), index)
 
 
 def _forget(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -313,14 +343,17 @@ def _forget(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def _masked(scores: _Scores, x: Tensor, allowed: Tensor) -> _Scores:
-    """Return the scores x after a mask that is broadcast to them."""
-    switches = [side.switches for product in scores.products for side in product[:2]]
-    if scores.widened or not any(switches):
-        return scores
-    allowed = allowed[(None,) * (x.ndim - allowed.ndim)]
-    told = read(allowed.movedim(scores.axes, (-2, -1)), x.ndim)
-    return _Scores(scores.products, scores.axes, both(scores.read, told))
+def _mask(tap: Tap, x: Tensor, allowed: Tensor, source: Tensor) -> None:
+    """Note that the scores x are masked, by what was computed from ``source``."""
+    scores = _scores(tap, x)
+    if scores is None or scores.widened or tap.streams().is_of_scores(source):
+        return
+    if not any(side.switches for product in scores.products for side in product[:2]):
+        return
+    allowed = allowed[(None,) * (x.ndim - allowed.ndim)].movedim(scores.axes, (-2, -1))
+    left, right = (side.x.shape[-2] for side in scores.products[0][:2])
+    told = read(allowed[..., :left, :right], x.ndim)  # without keys that were appended
+    _carry(tap, x, _Scores(scores.products, scores.axes, both(scores.read, told)))
 
 
 def _permute(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -358,7 +391,8 @@ def _cat(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     found = [scores for scores in (_scores(tap, x) for x in tensors) if scores is not None]
     if len(found) == 1:  # an attention sink is a further key
         scores = found[0]
-        _carry(tap, result, _Scores(scores.products, scores.axes, scores.read, widened=True))
+        widened = scores.widened or _scores(tap, tensors[0]) is None
+        _carry(tap, result, _Scores(scores.products, scores.axes, scores.read, widened))
     return result
 
 
@@ -416,9 +450,28 @@ _ELEMENTWISE = (
     "double", "type", "type_as", "contiguous", "clone", "view", "reshape", "view_as", "reshape_as",
     "expand", "expand_as", "unflatten", "flatten", "unsqueeze", "squeeze",
 )
+
+
+# Arguments that may be given by name, in the order in which functions have them.
+_NAMES = (
+    "condition", "tensors", "input", "other", "mat2", "batch1", "batch2", "dims", "dim0", "dim1",
+    "axis0", "axis1", "mask", "value",
+)
 # fmt: on
 
-HANDLERS: dict[str, Handler] = {
+
+def _by_position(handler: Handler) -> Handler:
+    def handle(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+        named = [name for name in _NAMES if name in kwargs]
+        if named:
+            args = (*args, *(kwargs[name] for name in named))
+            kwargs = {name: x for name, x in kwargs.items() if name not in named}
+        return handler(tap, func, *args, **kwargs)
+
+    return handle
+
+
+_BY_NAME: dict[str, Handler] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **dict.fromkeys(("matmul", "__matmul__", "__rmatmul__"), _matmul),
     **dict.fromkeys(("mm", "bmm", "baddbmm"), _bmm),
@@ -435,3 +488,4 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     "softmax": _softmax,
 }
+HANDLERS = {name: _by_position(handler) for name, handler in _BY_NAME.items()}

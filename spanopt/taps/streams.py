@@ -1,7 +1,8 @@
-"""From which of a layer's inputs a tensor was computed: tells self-attention from cross-attention.
+"""What a tensor in a layer was computed from.
 
-In self-attention a padded key is also a padded query, in cross-attention it is not, and the
-attention call looks the same for both, also in its shapes.
+Tells self-attention from cross-attention: in self-attention a padded key is also a padded query, in
+cross-attention it is not, and the attention call looks the same for both, also in its shapes. Tells
+also a mask from one that was computed from the scores, and a key from a weight.
 """
 
 from __future__ import annotations
@@ -9,11 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spanopt.taps.notes import Notes
 
 __all__ = ["Streams"]
+
+_OF_SCORES = 1  # the bits of inputs come after it
+
+# Functions that take nothing but shape and type from their second argument, or from any.
+_SHAPED_AS = frozenset({"expand_as", "view_as", "reshape_as", "type_as", "broadcast_to"})
+_NEW = frozenset(
+    f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
+) | frozenset(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor"))
 
 
 class Streams:
@@ -24,17 +33,41 @@ class Streams:
     """
 
     def __init__(self, arguments: Any) -> None:
-        floats = [x for x in _tensors_in(arguments) if x.is_floating_point()]
+        self._inputs = [x for x in _arguments(arguments) if x.is_floating_point()]
         # Angles, temperatures and the like are of one side only at times, and have no gradient.
-        self._inputs = [x for x in floats if x.requires_grad] or floats
+        trained = [x.requires_grad for x in self._inputs]
+        self._streams = sum(
+            _OF_SCORES << (1 + bit)
+            for bit, requires_grad in enumerate(trained)
+            if requires_grad or not any(trained)
+        )
         self._notes: Notes[int] = Notes()
+        self._weights: Notes[nn.Parameter] = Notes()
 
     def of(self, x: Tensor) -> int:
         """Return the inputs that a tensor was computed from, a bit for each."""
+        return self._bits(x) & self._streams
+
+    def _bits(self, x: Tensor) -> int:
         for bit, stream in enumerate(self._inputs):
             if x is stream:
-                return 1 << bit
+                return _OF_SCORES << (1 + bit)
         return self._notes.of(x) or 0
+
+    def is_of_scores(self, x: Tensor) -> bool:
+        """Return whether a tensor was computed from a product of activations."""
+        return bool(self._bits(x) & _OF_SCORES)
+
+    def note_scores(self, x: Tensor) -> None:
+        """Note that a tensor is a product of activations."""
+        self._notes[x] = self._bits(x) | _OF_SCORES
+
+    def is_weight(self, x: Tensor) -> bool:
+        """Return whether a tensor is a parameter, or that parameter normalised, cast and so on."""
+        return self._weight(x) is not None
+
+    def _weight(self, x: Tensor) -> nn.Parameter | None:
+        return x if isinstance(x, nn.Parameter) else self._weights.of(x)
 
     def are_one(self, x: Tensor, y: Tensor) -> bool:
         """Return whether two tensors were computed from the same inputs."""
@@ -44,21 +77,45 @@ class Streams:
             bits = (bits[0] or bits[1], bits[1] or bits[0])
         return bits[0] != 0 and bits[0] == bits[1]
 
-    def follow(self, result: Any, args: Any, kwargs: Any) -> None:
-        """Note what the result of a call was computed from."""
+    def follow(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
+        """Note what the result of a call of a function of this name was computed from."""
+        if name in _NEW:
+            return
         bits = 0
-        for x in _tensors_in((args, kwargs)):
-            bits |= self.of(x)
+        given = _tensors_in(args[:1] if name in _SHAPED_AS else (args, kwargs))
+        for x in given:
+            bits |= self._bits(x)
         if not bits:
+            self._follow_weight(result, given)
             return
         # Without a result it is an assignment to a part of the first argument.
         for x in _tensors_in(args[:1] if result is None else result):
             if not any(x is stream for stream in self._inputs):
-                self._notes[x] = bits
+                self._notes[x] = bits | (self._bits(x) & _OF_SCORES)
+
+    def _follow_weight(self, result: Any, given: list[Tensor]) -> None:
+        weight = self._weight(given[0]) if given else None
+        if weight is not None and all(self._weight(x) is weight for x in given):
+            for x in _tensors_in(result):
+                self._weights[x] = weight
 
     def close(self) -> None:
         """Take what was noted off the tensors."""
         self._notes.close()
+        self._weights.close()
+
+
+def _arguments(value: Any) -> list[Tensor]:
+    """Return the tensors in what a layer was called with, in objects such as a batch too."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [x for item in value for x in _arguments(item)]
+    if isinstance(value, Tensor):
+        return [value]
+    if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
+        return _tensors_in(list(vars(value).values()))
+    return []
 
 
 def _tensors_in(value: Any) -> list[Tensor]:

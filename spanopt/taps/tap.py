@@ -6,7 +6,7 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from torch.overrides import (
     _pop_mode,
     _push_mode,
 )
+from torch.utils.checkpoint import CheckpointFunction
 
 from spanopt.node import span_node, uniform_node
 from spanopt.scale import Factor, SpanScale
@@ -34,14 +35,13 @@ class SideScale(NamedTuple):
     Attributes:
         mode: ``"identity"`` (both factors 1: no node), ``"uniform"`` (equal factors: a
             multiplication) or ``"general"``.
-        parallel: Shape ``()`` or ``(H,)``.
-        violation: Shape ``()`` or ``(H,)``.
+        factors: Parallel and violation, shape ``(2,)`` or ``(2, H)``. One tensor, as
+            ``torch.compile`` takes time for each.
         ridge: As in :func:`spanopt.project`.
     """
 
     mode: str
-    parallel: Tensor
-    violation: Tensor
+    factors: Tensor
     ridge: float | None
 
     @classmethod
@@ -64,12 +64,8 @@ class SideScale(NamedTuple):
             mode = "identity" if parallel == 1 else "uniform"
         dtype = torch.float32 if device.type == "mps" else torch.float64
         with torch.inference_mode(False):  # these tensors outlive such a block
-            return cls(
-                mode,
-                torch.tensor(parallel, dtype=dtype, device=device),
-                torch.tensor(violation, dtype=dtype, device=device),
-                ridge,
-            )
+            values = [torch.tensor(factor, dtype=dtype, device=device) for factor in factors]
+            return cls(mode, torch.stack(torch.broadcast_tensors(*values)), ridge)
 
     def on(self, x: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """Put the node on Q or K.
@@ -85,10 +81,12 @@ class SideScale(NamedTuple):
         if self.mode == "identity" or not x.requires_grad:
             return x
         if self.mode == "uniform":
-            return uniform_node(x, self.parallel)
-        return span_node(
-            x, self.parallel, self.violation, ridge=self.ridge, mask=mask, documents=documents
-        )
+            return uniform_node(x, self.factors[0])
+        parallel, violation = self.factors.unbind()
+        return span_node(x, parallel, violation, ridge=self.ridge, mask=mask, documents=documents)
+
+
+GivenTokens: TypeAlias = "tuple[Tokens | None, Tokens | None] | None"
 
 
 class Call:
@@ -97,13 +95,17 @@ class Call:
     Attributes:
         tap: The layer's tap.
         outer: The watched call that this one is made in.
+        given: The real tokens of queries and keys, as :func:`spanopt.token_mask` gives them.
         streams: Which tensors were computed from which of the layer's inputs.
         scores: What the softmax tap knows of tensors.
     """
 
-    def __init__(self, tap: Tap, outer: Call | None, arguments: Any) -> None:
+    def __init__(
+        self, tap: Tap, outer: Call | None, arguments: Any, given: GivenTokens = None
+    ) -> None:
         self.tap = tap
         self.outer = outer
+        self.given = given
         self.streams = Streams(arguments)
         self.scores: Notes[Any] = Notes()
 
@@ -135,7 +137,7 @@ class _Thread(threading.local):
         self.busy = False
         self.probing = False
         self.calls = _Calls()
-        self.tokens: Mapping[str, tuple[Tokens | None, Tokens | None]] | None = None
+        self.tokens: Mapping[str, GivenTokens] | None = None
 
 
 thread = _Thread()
@@ -176,7 +178,8 @@ class Tap(TorchFunctionMode):
         self.lost = False
         self.removed = False
         self._handlers = handlers
-        self._given_before = False
+        self._given: list[GivenTokens] = []
+        self._ran_again = False
         self.set_scale(scale)
         live_taps.add(self)
 
@@ -208,22 +211,45 @@ class Tap(TorchFunctionMode):
 
         Raises:
             RuntimeError: Activation checkpointing runs the layer once more, for its backward pass,
-                outside of the ``token_mask`` that it ran in before.
+                and there were several forward passes of which it could be the one.
         """
+        given = (thread.tokens or {}).get(self.site.name)
         if not torch.compiler.is_compiling():
             remove_stale(self)
             if torch._C._current_graph_task_id() == -1:  # no backward pass is under way
-                self._given_before = self.given() is not None
-            elif self._given_before and self.given() is None:
-                raise RuntimeError(
-                    f"layer {self.site.name!r} runs again in the backward pass, for activation "
-                    "checkpointing, outside of the token_mask that its forward pass was in: call "
-                    "backward() inside `with spanopt.token_mask(...)`"
-                )
+                self._remember(given)
+            elif self._given:
+                given = self._recall()
         self.entered = True
         self.multiplied = False
-        thread.calls.innermost = Call(self, thread.calls.innermost, arguments)
+        thread.calls.innermost = Call(self, thread.calls.innermost, arguments, given)
         _push_mode(self)
+
+    def pass_by(self) -> None:
+        """Note that the layer runs without gradients, perhaps for the first of two times."""
+        if _is_checkpointed():
+            self._remember((thread.tokens or {}).get(self.site.name))
+
+    def _remember(self, given: GivenTokens) -> None:
+        """Note the tokens of a forward pass, with which activation checkpointing repeats it."""
+        if self._ran_again:
+            self._given, self._ran_again = [], False
+        if len(self._given) < 2 and not any(given is other for other in self._given):
+            self._given.append(given)
+
+    def _recall(self) -> GivenTokens:
+        self._ran_again = True
+        if len(self._given) > 1:
+            raise RuntimeError(
+                f"layer {self.site.name!r} runs again in the backward pass, for activation "
+                "checkpointing, after forward passes with different token_mask: call backward() "
+                "after each of them, and evaluate under torch.no_grad()"
+            )
+        return self._given[0]
+
+    def forget_tokens(self) -> None:
+        """Forget the tokens of past forward passes, as after an optimizer step."""
+        self._given = []
 
     def leave(self) -> None:
         """Stop watching, wherever on the stack of function modes the tap is by now."""
@@ -258,7 +284,8 @@ class Tap(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        handler = self._handlers.get(getattr(func, "__name__", ""))
+        name = getattr(func, "__name__", "")
+        handler = self._handlers.get(name)
         if func is Tensor.unflatten:
             func = _unflatten
         call = self.current_call()
@@ -269,14 +296,16 @@ class Tap(TorchFunctionMode):
             result = handler(self, func, *args, **kwargs) if handler else func(*args, **kwargs)
         finally:
             thread.busy = False
-        call.streams.follow(result, args, kwargs)
+        if func is Tensor.__iter__:
+            result = list(result)
+            call.streams.follow(name, result, args, kwargs)
+            return iter(result)
+        call.streams.follow(name, result, args, kwargs)
         return result
 
     def is_live(self) -> bool:
         """Whether the layer is running, so that calls are its own."""
-        return not self.removed and (
-            torch.compiler.is_compiling() or _calls_of(self.site.module) > 0
-        )
+        return not self.removed and (torch.compiler.is_compiling() or _is_running(self.site.module))
 
     def observe(self, query: Tensor, key: Tensor, tap: str) -> None:
         """Note the Q and K of an attention call, before the nodes are put on them.
@@ -348,9 +377,10 @@ class Tap(TorchFunctionMode):
             layer=self.site.name,
         )
 
-    def given(self) -> tuple[Tokens | None, Tokens | None] | None:
+    def given(self) -> GivenTokens:
         """Return the tokens of queries and keys that :func:`spanopt.token_mask` gives."""
-        return (thread.tokens or {}).get(self.site.name)
+        call = self.current_call()
+        return None if call is None else call.given
 
     def projects(self, *tensors: Tensor) -> bool:
         """Whether a node on one of these will project, which is when real tokens matter."""
@@ -361,6 +391,12 @@ class Tap(TorchFunctionMode):
         """Whether Q and K were computed from the same of the layer's inputs."""
         call = self.current_call()
         return call is not None and call.streams.are_one(query, key)
+
+    def streams(self) -> Streams:
+        """Return what tensors in the layer's innermost call were computed from."""
+        call = self.current_call()
+        assert call is not None
+        return call.streams
 
     def is_attention(self) -> bool:
         """Whether the layer is attention: beyond doubt, or by what it did when it ran."""
@@ -418,13 +454,12 @@ class Tap(TorchFunctionMode):
             self.seen = True
 
     def _check_heads(self, side: str, scale: SideScale, heads: int | None) -> None:
-        for factor in (scale.parallel, scale.violation):
-            if factor.ndim and factor.shape[0] != heads:
-                raise ValueError(
-                    f"layer {self.site.name!r}: {factor.shape[0]} per-head values on the {side} "
-                    f"side, which has {heads or 'no dimension for its'} heads; "
-                    f"give one number{f', or {heads} values' if heads else ''}"
-                )
+        if scale.factors.ndim > 1 and scale.factors.shape[1] != heads:
+            raise ValueError(
+                f"layer {self.site.name!r}: {scale.factors.shape[1]} per-head values on the {side} "
+                f"side, which has {heads or 'no dimension for its'} heads; "
+                f"give one number{f', or {heads} values' if heads else ''}"
+            )
 
 
 def _unflatten(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -465,15 +500,42 @@ def _take_out(tap: Tap) -> None:
 def _calls_of(module: nn.Module) -> int:
     """Return how many calls of the module this thread is inside of."""
     calls, forwards = 0, 0
+    for name, owner in _forwards():
+        if owner is module:
+            calls += "_wrapped_call_impl" in name
+            forwards += 1
+    return calls or min(forwards, 1)
+
+
+def _is_running(module: nn.Module) -> bool:
+    """Return whether this thread is in the module, and in no compiled graph that was made of it."""
+    for _, owner in _forwards():
+        if hasattr(owner, "compile_subgraph_reason"):  # its nodes were put in when it was traced
+            return False
+        if owner is module:
+            return True
+    return False
+
+
+def _is_checkpointed() -> bool:
+    """Return whether this thread is in a forward pass that will be repeated for the backward."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _forwards() -> Iterator[tuple[str, Any]]:
+    """Yield name and module of the forward calls that this thread is inside of, innermost first."""
     frame = sys._getframe(1)
     while frame is not None:
         # By name: torch.compile replaces the code, and the name then only contains the old one.
         name = frame.f_code.co_name
-        if ("_call_impl" in name or "forward" in name) and frame.f_locals.get("self") is module:
-            calls += "_wrapped_call_impl" in name
-            forwards += 1
+        if "_call_impl" in name or "forward" in name:
+            yield name, frame.f_locals.get("self")
         frame = frame.f_back  # type: ignore[assignment]
-    return calls or min(forwards, 1)
 
 
 Handler: TypeAlias = Callable[..., Any]
