@@ -8,7 +8,7 @@ INPUTS := pyproject.toml constraints.txt
 demo: .venv/demo.stamp
 	.venv/bin/python examples/train_text.py $(ARGS)
 
-test: .venv/test-models.stamp
+test: .venv/test-loops.stamp
 	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # The table of tested models, from the tests that train them.

@@ -171,10 +171,102 @@ class ViTReference(ViTAttention):
         return self.to_out(merge(attend(q, k, v, dropout=self.dropout.p)))
 
 
+def attention(query, key, value, mask=None, dropout=None):
+    """The function of the Annotated Transformer."""
+    scores = torch.matmul(query, key.transpose(-2, -1)) / math.sqrt(query.size(-1))
+    if mask is not None:
+        scores = scores.masked_fill(mask == 0, -1e9)
+    p_attn = scores.softmax(dim=-1)
+    if dropout is not None:
+        p_attn = dropout(p_attn)
+    return torch.matmul(p_attn, value), p_attn
+
+
+class AnnotatedAttention(nn.Module):
+    """The Annotated Transformer's, its projections without names."""
+
+    def __init__(self, dropout=0.1):
+        super().__init__()
+        self.h, self.d_k = HEADS, DIM
+        linear = nn.Linear(WIDTH, WIDTH)
+        self.linears = nn.ModuleList(copy.deepcopy(linear) for _ in range(4))
+        self.attn = None
+        self.dropout = nn.Dropout(p=dropout)
+
+    def forward(self, query, key, value, mask=None):
+        if mask is not None:
+            mask = mask.unsqueeze(1)
+        batch = query.size(0)
+        query, key, value = [
+            linear(x).view(batch, -1, self.h, self.d_k).transpose(1, 2)
+            for linear, x in zip(self.linears, (query, key, value), strict=False)
+        ]
+        x, self.attn = attention(query, key, value, mask=mask, dropout=self.dropout)
+        x = x.transpose(1, 2).contiguous().view(batch, -1, self.h * self.d_k)
+        return self.linears[-1](x)
+
+
+class AnnotatedReference(AnnotatedAttention):
+    def forward(self, query, key, value, mask=None):
+        q, k, v, out = self.linears
+        q, k, v = map(split, (q(query), k(key), v(value)))
+        return out(merge(attend(q, k, v, causal=mask is not None, dropout=self.dropout.p)))
+
+
+class ScaledDotProductAttention(nn.Module):
+    """The core of jadore801120's."""
+
+    def __init__(self, temperature, dropout):
+        super().__init__()
+        self.temperature = temperature
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, q, k, v, mask=None):
+        attn = torch.matmul(q / self.temperature, k.transpose(2, 3))
+        if mask is not None:
+            attn = attn.masked_fill(mask == 0, -1e9)
+        attn = self.dropout(F.softmax(attn, dim=-1))
+        return torch.matmul(attn, v), attn
+
+
+class TemperedAttention(nn.Module):
+    """jadore801120's: the projections, around a core of its own."""
+
+    def __init__(self, dropout=0.1):
+        super().__init__()
+        self.w_qs, self.w_ks, self.w_vs, self.fc = (
+            nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4)
+        )
+        self.attention = ScaledDotProductAttention(temperature=DIM**0.5, dropout=dropout)
+        self.layer_norm = nn.LayerNorm(WIDTH, eps=1e-6)
+
+    def forward(self, q, k, v, mask=None):
+        residual = q
+        q = self.w_qs(q).view(len(q), -1, HEADS, DIM).transpose(1, 2)
+        k = self.w_ks(k).view(len(k), -1, HEADS, DIM).transpose(1, 2)
+        v = self.w_vs(v).view(len(v), -1, HEADS, DIM).transpose(1, 2)
+        if mask is not None:
+            mask = mask.unsqueeze(1)
+        q, attn = self.attention(q, k, v, mask=mask)
+        q = self.fc(q.transpose(1, 2).contiguous().view(len(residual), -1, WIDTH))
+        q += residual
+        return self.layer_norm(q), attn
+
+
+class TemperedReference(TemperedAttention):
+    def forward(self, q, k, v, mask=None):
+        residual, dropout = q, self.attention.dropout.p
+        q, k, v = map(split, (self.w_qs(q), self.w_ks(k), self.w_vs(v)))
+        y = merge(attend(q, k, v, causal=mask is not None, dropout=dropout))
+        return self.layer_norm(self.fc(y) + residual), None
+
+
 REFERENCES = {
     NanoAttention: NanoReference,
     CrossAttention: CrossReference,
     ViTAttention: ViTReference,
+    AnnotatedAttention: AnnotatedReference,
+    TemperedAttention: TemperedReference,
 }
 
 
@@ -279,6 +371,34 @@ class TorchSeq2Seq(nn.Module):
             memory_key_padding_mask=padding,
         )
         return self.head(y if first else y.transpose(0, 1))
+
+
+class HandSeq2Seq(nn.Module):
+    """An encoder and a decoder of layers that take query, key, value and mask."""
+
+    def __init__(self, layer, **options):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.position = nn.Parameter(torch.zeros(2 * LENGTH, WIDTH))
+        names = ("encoder", "latter_encoder", "decoder", "cross")
+        self.layers = nn.ModuleDict({name: layer(**options) for name in names})
+        self.feed_forwards = nn.ModuleDict({name: feed_forward() for name in names})
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def sublayer(self, name, x, context, mask):
+        y = self.layers[name](x, context, context, mask=mask)
+        x = x + (y[0] if isinstance(y, tuple) else y)
+        return x + self.feed_forwards[name](x)
+
+    def forward(self, source, target, mask=None):
+        x, y = (self.embed(text) + self.position[: text.shape[1]] for text in (source, target))
+        if mask is not None:
+            mask = mask.unsqueeze(-2)
+        for name in ("encoder", "latter_encoder"):
+            x = self.sublayer(name, x, x, mask)
+        causal = torch.ones(1, y.shape[1], y.shape[1]).tril()
+        y = self.sublayer("decoder", y, y, causal)
+        return self.head(self.sublayer("cross", y, x, mask))
 
 
 class XSeq2Seq(nn.Module):
@@ -465,6 +585,12 @@ def cases():
         yield Case("lucidrains", "GPT", way, "softmax", 2, partial(lucidrains, merged))
         yield Case("lucidrains", "Perceiver", way, "softmax", 2, partial(Perceiver, merged))
     yield Case("vit-pytorch", "ViT", "manual", "softmax", 2, ViT, images)
+    for library, layer in (
+        ("Annotated Transformer", AnnotatedAttention),
+        ("jadore801120", TemperedAttention),
+    ):
+        build = partial(HandSeq2Seq, layer)
+        yield Case(library, "encoder-decoder", "manual", "softmax", 4, build, two_texts)
     for first in (True, False):
         build = partial(TorchSeq2Seq, batch_first=first)
         name = f"nn.Transformer, batch_first={first}"
@@ -479,6 +605,10 @@ def cases():
 # The parameters that are trained and make Q and K, and the share of their rows that does: where
 # they are fused, V comes last.
 SHARES = {
+    "linears.0.weight": 1,
+    "linears.1.weight": 1,
+    "w_qs.weight": 1,
+    "w_ks.weight": 1,
     "to_q.weight": 1,
     "to_k.weight": 1,
     "to_kv.weight": 1 / 2,
@@ -579,6 +709,8 @@ def test_lora_has_the_gradients_that_follow_from_the_rescaled_ones_of_the_dense_
 
 PADDED = {
     "nn.Transformer": partial(TorchSeq2Seq, batch_first=True),
+    "Annotated Transformer": partial(HandSeq2Seq, AnnotatedAttention, dropout=0.0),
+    "jadore801120": partial(HandSeq2Seq, TemperedAttention, dropout=0.0),
     "Perceiver": partial(Perceiver, merged=False),
     "Perceiver merged heads": partial(Perceiver, merged=True),
     **{
@@ -603,7 +735,7 @@ def test_sequences_in_a_padded_batch_have_the_gradients_they_have_alone(name):
     padded, real = pad(rows, "right")
     real = real.bool()
     targets = torch.randint(3, VOCABULARY, (len(rows), padded.shape[1]))
-    seq2seq = isinstance(model, (TorchSeq2Seq, XSeq2Seq))
+    seq2seq = isinstance(model, (TorchSeq2Seq, HandSeq2Seq, XSeq2Seq))
     # Where the logits are those of another sequence, that one has no padding.
     own = not seq2seq and not isinstance(model, Perceiver)
     counted = real if own else torch.ones_like(real)
