@@ -5,6 +5,7 @@ from spanopt.node import span_node
 from spanopt.optimizer import SpanScaledOptimizer
 from spanopt.projection import decompose, project, rescale
 from spanopt.scale import SpanGroup, SpanScale
+from spanopt.scheduler import SpanScheduler
 from spanopt.sites import AttentionSite, find_attention
 from spanopt.tokens import token_mask
 
@@ -14,6 +15,7 @@ __all__ = [
     "SpanHooks",
     "SpanScale",
     "SpanScaledOptimizer",
+    "SpanScheduler",
     "UnscaledLayerError",
     "attach",
     "decompose",

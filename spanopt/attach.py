@@ -6,6 +6,7 @@ import fnmatch
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from spanopt.projection import check_ridge
-from spanopt.scale import ScaleLike, SpanGroup, SpanScale, resolve_scales
+from spanopt.scale import ScaleLike, SpanGroup, SpanScale, resolve_scales, scales_of
 from spanopt.sites import AttentionSite, find_attention, is_inside, named_modules, unwrap
 from spanopt.taps import HANDLERS
 from spanopt.taps.projection import Projection, ProjectionTap, owns_projections, projections_of
@@ -66,42 +67,62 @@ class SpanHooks:
         0
     """
 
-    def __init__(
-        self,
-        sites: Sequence[AttentionSite],
-        scales: Mapping[str, SpanScale | None],
-        ridge: float | None,
-        on_missing: str,
-        root: nn.Module | None = None,
-        projections: Mapping[str, list[Projection]] | None = None,
-    ) -> None:
-        self.sites = list(sites)
+    def __init__(self, ridge: float | None, on_missing: str, root: nn.Module | None = None) -> None:
+        self.sites: list[AttentionSite] = []
         self.groups: list[SpanGroup] = []
+        self._groups: list[SpanGroup] = []
         self._taps: list[Tap] = []
         self._shields: list[Tap] = []
         self._handles: list[Any] = []
         self._modules: list[nn.Module] = []
+        self._ridge = ridge
         self._on_missing = on_missing
-        scaled = [site.module for site in sites if scales[site.name] is not None]
-        for site in sites:
-            scale = scales[site.name]
-            if scale is not None:
-                tap: Tap
-                if projections and site.name in projections:
-                    tap = ProjectionTap(site, scale, ridge, projections[site.name])
-                else:
-                    tap = Tap(site, scale, ridge, HANDLERS)
-                self._taps.append(tap)
-                self.groups.append(SpanGroup(site.name, scale, tap.set_scale))
-            elif any(_contains(outer, site.module) for outer in scaled):
-                # Left alone, inside a layer that is scaled: a tap that does nothing shields it.
-                self._shields.append(Tap(site, SpanScale(1.0, 1.0), ridge, HANDLERS))
-        self._groups = list(self.groups)
-        for tap in (*self._taps, *self._shields):
-            self._install(tap)
         if root is not None and on_missing == "error":
             _drop_inert(root)
             self._handles.append(root.register_forward_hook(_CheckCalled(self._taps)))
+
+    def add(self, plan: Plan) -> None:
+        """Install the taps of further layers.
+
+        Args:
+            plan: What to scale, see :func:`plan`.
+
+        Raises:
+            ValueError: The number of per-head values is not a layer's number of heads. Nothing is
+                installed then.
+
+        Example:
+            >>> from torch import nn
+            >>> hooks = SpanHooks(ridge=None, on_missing="error")
+            >>> hooks.add(plan(nn.TransformerEncoderLayer(8, nhead=2), {"*": (2.0, 1.0)}))
+            >>> hooks.unseen()
+            ['self_attn']
+        """
+        taps: list[Tap] = []
+        shields: list[Tap] = []
+        scaled = [site.module for site in plan.sites if plan.scales[site.name] is not None]
+        for site in plan.sites:
+            scale = plan.scales[site.name]
+            if scale is not None:
+                if site.name in plan.projections:
+                    projections = plan.projections[site.name]
+                    taps.append(ProjectionTap(site, scale, self._ridge, projections))
+                else:
+                    taps.append(Tap(site, scale, self._ridge, HANDLERS))
+            elif any(_contains(outer, site.module) for outer in scaled):
+                # Left alone, inside a layer that is scaled: a tap that does nothing shields it.
+                shields.append(Tap(site, SpanScale(1.0, 1.0), self._ridge, HANDLERS))
+        for tap in (*taps, *shields):
+            self._install(tap)
+        for tap in taps:
+            scale = plan.scales[tap.site.name]
+            assert scale is not None
+            group = SpanGroup(tap.site.name, scale, tap.set_scale)
+            self.groups.append(group)
+            self._groups.append(group)
+        self.sites += plan.sites
+        self._taps += taps
+        self._shields += shields
 
     def _install(self, tap: Tap) -> None:
         module = tap.site.module
@@ -243,6 +264,87 @@ class SpanHooks:
         """
         return any(tap.entered for tap in self._taps if tap.site is site)
 
+    def hold(self, names: Iterable[str]) -> None:
+        """Compute the projection in these layers whatever the scales are, as under a schedule.
+
+        Equal factors need none, and without it compiled code would be compiled anew when they
+        come to differ.
+
+        Args:
+            names: Names of layers.
+
+        Example:
+            >>> from torch import nn
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).hold(["self_attn"])
+        """
+        names = set(names)
+        for tap, group in zip(self._taps, self._groups, strict=True):
+            if tap.site.name in names:
+                tap.held = True
+                tap.set_scale(group.scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scales, as numbers, strings, lists, dicts and ``None``.
+
+        With :meth:`load_state_dict` this makes the hooks an entry of what
+        ``torch.distributed.checkpoint`` saves and loads.
+
+        Example:
+            >>> from torch import nn
+            >>> list(attach(nn.TransformerEncoderLayer(8, nhead=2)).state_dict())
+            ['span_groups']
+        """
+        return {"span_groups": [group.plain() for group in self.groups]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore the scales.
+
+        Args:
+            state_dict: From :meth:`state_dict`.
+
+        Raises:
+            ValueError: It names other layers, or holds what is no scale. The scales are then as
+                they were.
+
+        Example:
+            >>> from torch import nn
+            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2))
+            >>> hooks.load_state_dict(hooks.state_dict())
+        """
+        scales = scales_of(state_dict.get("span_groups"))
+        names = {group["name"] for group in self.groups}
+        if set(scales) != names:
+            raise ValueError(
+                "the checkpoint's attention layers are not this model's: only in the checkpoint: "
+                f"{sorted(set(scales) - names)}; only in the model: {sorted(names - set(scales))}"
+            )
+        self.set_scales(scales)
+
+    def set_scales(self, scales: Mapping[str, SpanScale]) -> None:
+        """Set the scales of layers by name.
+
+        Args:
+            scales: By name of layer; others keep theirs.
+
+        Raises:
+            ValueError: A number of per-head values that is not a layer's. All scales are then as
+                they were.
+
+        Example:
+            >>> from torch import nn
+            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2))
+            >>> hooks.set_scales({"self_attn": SpanScale(3.0, 1.0)})
+        """
+        before = [(group, group.scale) for group in self.groups]
+        try:
+            for group in self.groups:
+                if group["name"] in scales:
+                    group.update(scales[group["name"]].fields())
+        except BaseException:
+            for group, scale in before:
+                group.update(scale.fields())
+            raise
+
     def remove(self) -> None:
         """Take everything off the model. Doing it twice is harmless.
 
@@ -324,6 +426,62 @@ def attach(
     if on_missing not in _ON_MISSING:
         raise ValueError(f"on_missing must be one of {_ON_MISSING}, got {on_missing!r}")
     check_ridge(ridge)
+    planned = plan(model, scales, projections, parameters=parameters)
+    hooks = SpanHooks(ridge, on_missing, unwrap(model))
+    try:
+        hooks.add(planned)
+        _let_compiled_code_notice_hooks()
+        if example_inputs is not None:
+            hooks.probe(model, example_inputs)
+    except BaseException:
+        hooks.remove()
+        raise
+    return hooks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers of a model to scale and how: from :func:`plan`, for :meth:`SpanHooks.add`.
+
+    Attributes:
+        sites: The attention layers.
+        scales: The scale of each by name, ``None`` to leave it alone.
+        projections: Where Q and K are, for the layers whose attention can't be seen.
+    """
+
+    sites: list[AttentionSite]
+    scales: dict[str, SpanScale | None]
+    projections: dict[str, list[Projection]]
+
+
+def plan(
+    model: nn.Module,
+    scales: Mapping[str, ScaleLike | None] | SpanScale | None = None,
+    projections: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    parameters: Iterable[Tensor] | None = None,
+    hooks: SpanHooks | None = None,
+) -> Plan:
+    """Find what to scale, and check all that can be before anything is installed.
+
+    Args:
+        model: As in :func:`attach`.
+        scales: Likewise.
+        projections: Likewise.
+        parameters: Likewise.
+        hooks: Hooks whose layers are left out, for those that came to the model later.
+
+    Returns:
+        The plan.
+
+    Raises:
+        TypeError: As in :func:`attach`.
+        ValueError: As in :func:`attach`.
+
+    Example:
+        >>> plan(nn.TransformerEncoderLayer(8, nhead=2)).scales
+        {'self_attn': SpanScale(parallel=2.0, violation=1.0, query=None, key=None)}
+    """
     sites, projected = _project_sites(model, find_attention(model), projections or {})
     if not sites:
         raise ValueError(
@@ -336,19 +494,14 @@ def attach(
     resolved = resolve_scales(scales, [site.name for site in sites])
     for site in sites:  # a layer that is asked for by name is attention
         site.certain = site.certain or (isinstance(scales, Mapping) and site.name in scales)
+    if hooks is not None:
+        hooked = [site.module for site in hooks.sites]
+        sites = [site for site in sites if not any(site.module is other for other in hooked)]
     scaled = [site for site in sites if resolved[site.name] is not None]
     _check_unclaimed(scaled)
     if parameters is not None:
         _check_trained([site for site in scaled if site.certain], parameters)
-    hooks = SpanHooks(sites, resolved, ridge, on_missing, unwrap(model), projected)
-    _let_compiled_code_notice_hooks()
-    if example_inputs is not None:
-        try:
-            hooks.probe(model, example_inputs)
-        except BaseException:
-            hooks.remove()
-            raise
-    return hooks
+    return Plan(sites, resolved, projected)
 
 
 def table(hooks: SpanHooks) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spanopt.attach import SpanHooks, attach
-from spanopt.scale import ScaleLike, SpanGroup, SpanScale
+from spanopt.attach import SpanHooks, attach, plan
+from spanopt.scale import ScaleLike, SpanGroup, SpanScale, scales_of
 from spanopt.taps.tap import remove_stale
 
 __all__ = ["SpanScaledOptimizer"]
@@ -111,7 +111,7 @@ class SpanScaledOptimizer(Optimizer):
                 f"the optimizer must have the interface of torch.optim.Optimizer, got "
                 f"{type(optimizer).__name__} without {', '.join(missing)}"
             )
-        self._adopt(optimizer, model, ridge, on_missing, projections)
+        self._adopt(optimizer, model, scales, ridge, on_missing, projections)
         self.hooks: SpanHooks = attach(
             model,
             scales,
@@ -128,12 +128,14 @@ class SpanScaledOptimizer(Optimizer):
         self,
         optimizer: Optimizer,
         model: nn.Module,
+        scales: Mapping[str, ScaleLike | None] | SpanScale | None,
         ridge: float | None,
         on_missing: str,
         projections: Mapping[str, Mapping[str, Any]] | None,
     ) -> None:
         self.optimizer = optimizer
         self.model = model
+        self._scales = scales
         self._ridge = ridge
         self._on_missing = on_missing
         self._projections = projections
@@ -142,7 +144,7 @@ class SpanScaledOptimizer(Optimizer):
             setattr(self, hooks, OrderedDict())
 
     def _unhook(self) -> None:
-        self.hooks = SpanHooks([], {}, self._ridge, self._on_missing)
+        self.hooks = SpanHooks(self._ridge, self._on_missing)
 
     @property
     def _attached(self) -> bool:
@@ -268,8 +270,14 @@ class SpanScaledOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the wrapped optimizer.
 
+        Attention layers that the model has got since it was wrapped are scaled from now on, as
+        ``scales`` says.
+
         Args:
             param_group: As in ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError: As at wrapping, for the new layers. Nothing is added then.
 
         Example:
             >>> import torch
@@ -279,12 +287,29 @@ class SpanScaledOptimizer(Optimizer):
             >>> len(optimizer.param_groups)
             2
         """
-        self.optimizer.add_param_group(param_group)
+        if self._attached:
+            parameters = param_group["params"]
+            if not isinstance(parameters, Tensor):
+                parameters = param_group["params"] = list(parameters)
+            new = [parameters] if isinstance(parameters, Tensor) else parameters
+            planned = plan(
+                self.model,
+                self._scales,
+                self._projections,
+                parameters=[*self._parameters(), *new],
+                hooks=self.hooks,
+            )
+            self.optimizer.add_param_group(param_group)
+            self.hooks.add(planned)
+        else:
+            self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state dict, with the scales under ``"span_groups"``.
+        """Return the wrapped optimizer's state dict, with two entries more.
 
-        Without that entry it is a state dict of the wrapped optimizer alone.
+        ``"span_groups"`` are the scales, and ``"span_parameters"`` names and shapes of the
+        parameters, by which :meth:`load_state_dict` knows the model again. Without them it is a
+        state dict of the wrapped optimizer alone.
 
         Returns:
             Tensors, numbers, strings, lists and dicts only, as far as the wrapped optimizer's are.
@@ -299,9 +324,10 @@ class SpanScaledOptimizer(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = dict(self.optimizer.state_dict())
-        own = [group.plain() for group in self.span_groups]
+        own = self.hooks.state_dict()["span_groups"]
         if own:
             state_dict["span_groups"] = [*state_dict.get("span_groups", []), *own]
+            state_dict["span_parameters"] = self._described()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -315,8 +341,8 @@ class SpanScaledOptimizer(Optimizer):
                 they are.
 
         Raises:
-            ValueError: It names other attention layers, or does not fit the wrapped optimizer. The
-                scales are then as they were.
+            ValueError: It is no state dict, or one of another model or optimizer, in which case the
+                message lists what differs. Optimizer and scales are then as they were.
 
         Example:
             >>> import torch
@@ -329,13 +355,25 @@ class SpanScaledOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else dict(changed)
+        described = state_dict.pop("span_parameters", None)
         scales = self._take_scales(state_dict)
+        if self._attached and described is not None:
+            self._check_described(described)
         before = {group["name"]: group.scale for group in self.span_groups}
+        state, param_groups = self.optimizer.state, self.optimizer.param_groups
         try:
-            self._set_scales(scales)
+            self.hooks.set_scales(scales)
             self.optimizer.load_state_dict(state_dict)
-        except BaseException:
-            self._set_scales(before)
+        except BaseException as error:
+            self.hooks.set_scales(before)
+            for name, value in (("state", state), ("param_groups", param_groups)):
+                if getattr(self.optimizer, name) is not value:
+                    setattr(self.optimizer, name, value)
+            if isinstance(error, KeyError):
+                raise ValueError(
+                    f"not a state dict of {type(self.optimizer).__name__}: it has no {error}, only "
+                    f"{sorted(map(str, state_dict))}"
+                ) from error
             raise
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -344,12 +382,13 @@ class SpanScaledOptimizer(Optimizer):
         """Take this wrapper's entries out of a state dict, leaving those of a wrapper inside."""
         if not self._attached or "span_groups" not in state_dict:
             return {}
-        entries = {entry["name"]: entry for entry in state_dict.pop("span_groups")}
+        saved = state_dict.pop("span_groups")
+        entries = scales_of(saved)
         names = [group["name"] for group in self.span_groups]
         absent = [name for name in names if name not in entries]
-        own = {name: SpanScale.of(_fields(entries.pop(name))) for name in names if name in entries}
+        own = {name: entries.pop(name) for name in names if name in entries}
         if entries and hasattr(self.optimizer, "span_groups"):
-            state_dict["span_groups"] = list(entries.values())
+            state_dict["span_groups"] = [group for group in saved if group["name"] in entries]
         elif entries or absent:
             raise ValueError(
                 "the checkpoint's attention layers are not this model's: "
@@ -358,10 +397,43 @@ class SpanScaledOptimizer(Optimizer):
             )
         return own
 
-    def _set_scales(self, scales: Mapping[str, SpanScale]) -> None:
-        for group in self.span_groups:
-            if group["name"] in scales:
-                group.update(scales[group["name"]].fields())
+    def _described(self) -> list[list[list[Any]]]:
+        """Return name and shape of each parameter of each group."""
+        names = {
+            id(parameter): name
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+        }
+        return [
+            [[names.get(id(p), "not in the model"), list(p.shape)] for p in group["params"]]
+            for group in self.param_groups
+        ]
+
+    def _check_described(self, saved: Any) -> None:
+        here = self._described()
+        # By position, as the optimizer loads: names change with wrappers of the model.
+        shapes, own = ([[x[1] for x in group] for group in groups] for groups in (saved, here))
+        if shapes == own:
+            return
+        was, is_ = (
+            {name: shape for group in groups for name, shape in group} for groups in (saved, here)
+        )
+        lines = [f"{name}: only in the checkpoint, {was[name]}" for name in was if name not in is_]
+        lines += [f"{name}: only in the model, {is_[name]}" for name in is_ if name not in was]
+        lines += [
+            f"{name}: {was[name]} in the checkpoint, {is_[name]} in the model"
+            for name in was
+            if name in is_ and was[name] != is_[name]
+        ]
+        sizes = [[len(group) for group in groups] for groups in (saved, here)]
+        if not lines:
+            lines = [
+                f"parameters by group: {sizes[0]} in the checkpoint, {sizes[1]} in the optimizer"
+            ]
+        more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
+        raise ValueError(
+            "the checkpoint is of another model or of other parameter groups: "
+            + "; ".join([*lines[:10], *more])
+        )
 
     def detach(self) -> Optimizer:
         """Take the hooks off the model.
@@ -393,10 +465,15 @@ class SpanScaledOptimizer(Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
+        scales: Any = {} if self._scales is None else self._scales
+        scales = scales if isinstance(scales, Mapping) else {"*": scales}
         return {
             "optimizer": self.optimizer,
             "model": self.model,
-            "scales": {group["name"]: group.scale for group in self.span_groups},
+            "scales": {
+                **(scales or {"*": SpanScale()}),
+                **{group["name"]: group.scale for group in self.span_groups},
+            },
             "ridge": self._ridge,
             "on_missing": self._on_missing,
             "projections": self._projections,
@@ -408,14 +485,9 @@ class SpanScaledOptimizer(Optimizer):
         if attached:
             self.__init__(**state)  # type: ignore[misc]
         else:
-            del state["scales"]
             self._adopt(**state)
             self._unhook()
 
     def __repr__(self) -> str:
         state = "" if self._attached else ", detached"
         return f"{type(self).__name__}{state} (\n{self.hooks!r}\n{self.optimizer!r}\n)"
-
-
-def _fields(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in entry.items() if field != "name"}

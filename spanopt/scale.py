@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-__all__ = ["Factor", "ScaleLike", "SpanGroup", "SpanScale", "resolve_scales"]
+__all__ = [
+    "Factor",
+    "ScaleLike",
+    "SpanGroup",
+    "SpanScale",
+    "matching",
+    "resolve_scales",
+    "scales_of",
+]
 
 Factor: TypeAlias = float | tuple[float, ...]
 """One factor for all heads, or one per head."""
@@ -165,17 +173,42 @@ def resolve_scales(
         raise TypeError(f"scales must be a dict from layer names to scales, got {scales!r}")
     if not scales:
         raise ValueError("scales is empty: it would scale no layer; use {'*': SpanScale()} for all")
-    chosen: dict[str, SpanScale | None] = {}
-    exact: set[str] = set()
+    resolved: dict[Any, SpanScale | None] = {}
     for key, value in scales.items():
-        matches = _matches(key, names)
         try:
-            scale = None if value is None else SpanScale.of(value)
+            resolved[key] = None if value is None else SpanScale.of(value)
         except (TypeError, ValueError) as error:
             raise type(error)(f"scales[{key!r}]: {error}") from error
-        chosen.update({name: scale for name in matches if key == name or name not in exact})
-        exact.update(name for name in matches if key == name)
+    chosen = matching(resolved, names, "scales")
     return {name: chosen.get(name) for name in names}
+
+
+def matching(values: Mapping[str, Any], names: Sequence[str], what: str) -> dict[str, Any]:
+    """Give layers their values by the rules of :func:`resolve_scales`.
+
+    Args:
+        values: By layer name or pattern.
+        names: The names of the layers.
+        what: What the values are called, for errors.
+
+    Returns:
+        The value of each layer that a key matches.
+
+    Raises:
+        TypeError: A key that is no string.
+        ValueError: A key that matches no layer.
+
+    Example:
+        >>> matching({"enc.0": 1, "enc.*": 2}, ["enc.0", "enc.1", "dec.0"], "values")
+        {'enc.0': 1, 'enc.1': 2}
+    """
+    chosen: dict[str, Any] = {}
+    exact: set[str] = set()
+    for key, value in values.items():
+        matches = _matches(key, names, what)
+        chosen.update({name: value for name in matches if key == name or name not in exact})
+        exact.update(name for name in matches if key == name)
+    return chosen
 
 
 class SpanGroup(dict[str, Any]):
@@ -278,17 +311,44 @@ class SpanGroup(dict[str, Any]):
         return dict, (dict(self),)
 
 
+def scales_of(groups: Any) -> dict[str, SpanScale]:
+    """Read the ``"span_groups"`` of a checkpoint.
+
+    Args:
+        groups: A list of dicts as :meth:`SpanGroup.plain` returns them.
+
+    Returns:
+        The scales by layer name.
+
+    Raises:
+        ValueError: It is something else.
+
+    Example:
+        >>> scales_of([SpanGroup("attn", SpanScale(3.0, 1.0)).plain()])["attn"].parallel
+        3.0
+    """
+    try:
+        return {
+            group["name"]: SpanScale.of({f: x for f, x in group.items() if f != "name"})
+            for group in groups
+        }
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"'span_groups' is not what SpanScaledOptimizer.state_dict() saves: {error}"
+        ) from error
+
+
 def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _matches(key: str, names: Sequence[str]) -> list[str]:
+def _matches(key: str, names: Sequence[str], what: str) -> list[str]:
     if not isinstance(key, str):
-        raise TypeError(f"a key of scales is a layer name or a pattern, got {key!r}")
+        raise TypeError(f"a key of {what} is a layer name or a pattern, got {key!r}")
     matches = [key] if key in names else [name for name in names if fnmatch.fnmatchcase(name, key)]
     if not matches:
         raise ValueError(
-            f"scales[{key!r}] matches no attention layer; {_nearest(key, names)}. "
+            f"{what}[{key!r}] matches no attention layer; {_nearest(key, names)}. "
             "Print spanopt.find_attention(model) for all names"
         )
     return matches

@@ -52,15 +52,7 @@ def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any
     tap.refuse(query=query, key=key)
     tap.refuse_vmap(*sources)
     lengths = tuple(x.shape[0] for x in (query, key))
-    trains = any(source.requires_grad for source in sources)
-    tap.mark(
-        "packed",
-        heads,
-        heads,
-        bound["embed_dim_to_check"] // heads,
-        lengths=lengths,
-        trains=trains,
-    )
+    tap.mark("packed", heads, heads, bound["embed_dim_to_check"] // heads, lengths)
     if tap.query.mode == tap.key.mode == "identity":
         return func(*args, **kwargs)
     queries, keys = (tokens or Tokens() for tokens in tap.given() or (None, None))

@@ -188,7 +188,6 @@ class ProjectionTap(Tap):
     ) -> None:
         self.projections = projections
         self._shapes: dict[str, torch.Size] = {}
-        self._trains = False
         super().__init__(site, scale, ridge, {})
 
     def on_output(self, projection: Projection, output: Tensor) -> Tensor:
@@ -223,7 +222,7 @@ class ProjectionTap(Tap):
         settings: list[Any] = []
         for side, _, count in projection.sides:
             shape = torch.Size((*batch, projection.blocks * count, length, head_dim))
-            self._note(side, shape, output.requires_grad)
+            self._note(side, shape)
             scale = self.query if side == "query" else self.key
             tokens = given_tokens(given[side], shape, side, layer) or Tokens()
             settings += [*scale, *tokens]
@@ -240,27 +239,19 @@ class ProjectionTap(Tap):
         call.streams.follow("", result, (output,), {})
         return result
 
-    def _note(self, side: str, shape: torch.Size, trains: bool) -> None:
+    def _note(self, side: str, shape: torch.Size) -> None:
         """Mark the layer as seen once the shapes of both sides are known."""
         self._shapes[side] = shape
-        self._trains = self._trains or trains
         if len(self._shapes) < 2:
             return
         query, key = self._shapes["query"], self._shapes["key"]
-        trains, self._shapes, self._trains = self._trains, {}, False
+        self._shapes = {}
         if query[-1] != key[-1]:
             raise ValueError(
                 f"layer {self.site.name!r}: the query's heads have {query[-1]} features and the "
                 f"key's {key[-1]}; check num_heads and num_kv_heads in projections={{...}}"
             )
-        self.mark(
-            "projection",
-            query[-3],
-            key[-3],
-            query[-1],
-            lengths=(query[-2], key[-2]),
-            trains=trains,
-        )
+        self.mark("projection", query[-3], key[-3], query[-1], (query[-2], key[-2]))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:

@@ -46,7 +46,12 @@ class SideScale(NamedTuple):
 
     @classmethod
     def of(
-        cls, factors: tuple[Factor, Factor], ridge: float | None, device: torch.device
+        cls,
+        factors: tuple[Factor, Factor],
+        ridge: float | None,
+        device: torch.device,
+        *,
+        general: bool = False,
     ) -> SideScale:
         """Build it from numbers.
 
@@ -54,13 +59,14 @@ class SideScale(NamedTuple):
             factors: ``(parallel, violation)``.
             ridge: As in :func:`spanopt.project`.
             device: Where the layer's gradients will be.
+            general: Whether to be of that mode also where the factors are equal.
 
         Returns:
             The scales, as new tensors.
         """
         parallel, violation = factors
         mode = "general"
-        if parallel == violation:
+        if parallel == violation and not general:
             mode = "identity" if parallel == 1 else "uniform"
         dtype = torch.float32 if device.type == "mps" else torch.float64
         with torch.inference_mode(False):  # these tensors outlive such a block
@@ -152,12 +158,13 @@ class Tap(TorchFunctionMode):
         query: Scales of the query side. Replaced, never changed in place, when the user edits them:
             a backward pass under way keeps those of its forward pass.
         key: Scales of the key side.
-        seen: Set when an attention call had a Q or K that takes part in differentiation; the
-            optimizer clears it after each step.
+        seen: Set when an attention call was made with gradients on; the optimizer clears it after
+            each step.
         entered: Set when the layer has run while taps watched.
         called: Set when any attention call was made.
         multiplied: Set in a call when activations were multiplied as queries and keys may be.
         lost: Set when, after that, a softmax was taken of something else.
+        held: Set when the scales are moved by a schedule: see :meth:`spanopt.SpanHooks.hold`.
         removed: Set when the tap was taken off its layer: it then does nothing.
     """
 
@@ -176,6 +183,7 @@ class Tap(TorchFunctionMode):
         self.called = False
         self.multiplied = False
         self.lost = False
+        self.held = False
         self.removed = False
         self._handlers = handlers
         self._given: list[GivenTokens] = []
@@ -196,7 +204,8 @@ class Tap(TorchFunctionMode):
         first = next(self.site.module.parameters(), None)
         device = torch.device("cpu") if first is None or first.is_meta else first.device
         query, key = (
-            SideScale.of(scale.side(side), self.ridge, device) for side in ("query", "key")
+            SideScale.of(scale.side(side), self.ridge, device, general=self.held)
+            for side in ("query", "key")
         )
         if self.site.heads is not None:
             self._check_heads("query", query, self.site.heads)
@@ -328,8 +337,7 @@ class Tap(TorchFunctionMode):
             heads,
             kv_heads,
             query.shape[-1],
-            lengths=(query.shape[-2], key.shape[-2]),
-            trains=query.requires_grad or key.requires_grad,
+            (query.shape[-2], key.shape[-2]),
         )
 
     def refuse(self, **tensors: Tensor) -> None:
@@ -426,9 +434,7 @@ class Tap(TorchFunctionMode):
         heads: int,
         kv_heads: int,
         head_dim: int,
-        *,
         lengths: tuple[int, int],
-        trains: bool,
     ) -> None:
         """Note that an attention call was made.
 
@@ -438,7 +444,6 @@ class Tap(TorchFunctionMode):
             kv_heads: Number of key heads.
             head_dim: Size d of a head.
             lengths: Number of queries and of keys.
-            trains: Whether Q or K takes part in differentiation.
 
         Raises:
             ValueError: The number of per-head values is not the number of heads.
@@ -450,7 +455,7 @@ class Tap(TorchFunctionMode):
         site.tap = tap
         site.heads, site.kv_heads, site.head_dim = heads or 1, kv_heads or 1, head_dim
         site.query_length, site.key_length = lengths
-        if trains and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             self.seen = True
 
     def _check_heads(self, side: str, scale: SideScale, heads: int | None) -> None:
