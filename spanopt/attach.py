@@ -198,8 +198,9 @@ class SpanHooks:
             f"{', '.join(map(repr, missing))} (scaled: {_listed(scaled)}). Q and K were not seen "
             "in a forward pass with gradients. If a layer was skipped or is frozen on purpose, "
             "pass on_missing='warn' or 'ignore', or scale it with None; if its forward was called "
-            "directly, call the module instead; if its attention runs where gradients are off, as "
-            f"in a function with a backward of its own, they can't be seen there. {_BY_HAND}"
+            "directly, call the module instead; if it checkpoints its attention with "
+            "use_reentrant=True, use False, or checkpoint the layer as a whole; if its attention "
+            f"is in a function with a backward of its own, it can't be seen there. {_BY_HAND}"
         )
         if self._on_missing == "error":
             self.forget()

@@ -334,7 +334,7 @@ def scales_of(groups: Any) -> dict[str, SpanScale]:
         }
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"'span_groups' is not what SpanScaledOptimizer.state_dict() saves: {error}"
+            f"the scales in the checkpoint are not what state_dict() returns: {error}"
         ) from error
 
 

@@ -231,9 +231,10 @@ class ProjectionTap(Tap):
             return output
         thread.busy = True  # compiled code traces the backward here, where there is no call
         try:
-            result = _ProjectionNode.apply(
-                output, projection.blocks, projection.width, projection.sides, *settings
-            )
+            with self.keeping():
+                result = _ProjectionNode.apply(
+                    output, projection.blocks, projection.width, projection.sides, *settings
+                )
         finally:
             thread.busy = False
         call.streams.follow("", result, (output,), {})

@@ -32,7 +32,8 @@ def _scaled_dot_product_attention(
             seen = None if attn_mask is None else read(allowed(attn_mask), query.ndim)
             same = query.shape[-2] == key.shape[-2] and tap.is_self_attention(query, key)
             queries, keys = tap.tokens(query, key, seen, same)
-            query, key = tap.query.on(query, *queries), tap.key.on(key, *keys)
+            with tap.keeping():
+                query, key = tap.query.on(query, *queries), tap.key.on(key, *keys)
         else:
             query, key = tap.query.on(query), tap.key.on(key)
     return func(query, key, value, attn_mask, *args, **kwargs)

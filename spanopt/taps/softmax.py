@@ -233,14 +233,15 @@ def _operand(tap: Tap, x: Tensor, given: Tokens | None) -> _Operand:
     query, key = tap.query, tap.key
     if not (x.requires_grad and torch.is_grad_enabled()) or query.mode == key.mode == "identity":
         return _Operand(x, x, None)
-    node, switch, real = switched_node(
-        x,
-        query.factors,
-        key.factors,
-        project="general" in (query.mode, key.mode),
-        ridge=query.ridge,
-        documents=None if given is None else by_document(given, x.shape),
-    )
+    with tap.keeping():
+        node, switch, real = switched_node(
+            x,
+            query.factors,
+            key.factors,
+            project="general" in (query.mode, key.mode),
+            ridge=query.ridge,
+            documents=None if given is None else by_document(given, x.shape),
+        )
     return _Operand(x, node, (switch, real))
 
 

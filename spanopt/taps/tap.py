@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from torch.overrides import (
     _push_mode,
 )
 from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.checkpoint import __file__ as _CHECKPOINT_FILE
 
 from spanopt.node import span_node, uniform_node
 from spanopt.scale import Factor, SpanScale
@@ -165,6 +167,7 @@ class Tap(TorchFunctionMode):
         multiplied: Set in a call when activations were multiplied as queries and keys may be.
         lost: Set when, after that, a softmax was taken of something else.
         held: Set when the scales are moved by a schedule: see :meth:`spanopt.SpanHooks.hold`.
+        checkpoints: Set while the layer runs a part of itself under activation checkpointing.
         removed: Set when the tap was taken off its layer: it then does nothing.
     """
 
@@ -188,6 +191,7 @@ class Tap(TorchFunctionMode):
         self._handlers = handlers
         self._given: list[GivenTokens] = []
         self._ran_again = False
+        self.checkpoints = False
         self.set_scale(scale)
         live_taps.add(self)
 
@@ -314,7 +318,28 @@ class Tap(TorchFunctionMode):
 
     def is_live(self) -> bool:
         """Whether the layer is running, so that calls are its own."""
-        return not self.removed and (torch.compiler.is_compiling() or _is_running(self.site.module))
+        self.checkpoints = False
+        if torch.compiler.is_compiling() or self.removed:
+            return not self.removed
+        for name, owner in _forwards():
+            if hasattr(
+                owner, "compile_subgraph_reason"
+            ):  # its nodes were put in when it was traced
+                return False
+            if owner is self.site.module:
+                return True
+            self.checkpoints = self.checkpoints or name == "checkpoint"
+        return False
+
+    def keeping(self) -> AbstractContextManager[Any]:
+        """Return a context for making nodes, in which they keep themselves what they save.
+
+        That is where the layer checkpoints a part of itself: the part runs again for the backward
+        pass when the layer does not, without nodes, so that what they save would not come back.
+        """
+        if not self.checkpoints:
+            return nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
 
     def observe(self, query: Tensor, key: Tensor, tap: str) -> None:
         """Note the Q and K of an attention call, before the nodes are put on them.
@@ -512,14 +537,8 @@ def _calls_of(module: nn.Module) -> int:
     return calls or min(forwards, 1)
 
 
-def _is_running(module: nn.Module) -> bool:
-    """Return whether this thread is in the module, and in no compiled graph that was made of it."""
-    for _, owner in _forwards():
-        if hasattr(owner, "compile_subgraph_reason"):  # its nodes were put in when it was traced
-            return False
-        if owner is module:
-            return True
-    return False
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def _is_checkpointed() -> bool:
@@ -533,13 +552,18 @@ def _is_checkpointed() -> bool:
 
 
 def _forwards() -> Iterator[tuple[str, Any]]:
-    """Yield name and module of the forward calls that this thread is inside of, innermost first."""
+    """Yield name and module of the calls that this thread is inside of, innermost first.
+
+    Those are forward passes of modules, and activation checkpointing, which has no module.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         # By name: torch.compile replaces the code, and the name then only contains the old one.
         name = frame.f_code.co_name
         if "_call_impl" in name or "forward" in name:
             yield name, frame.f_locals.get("self")
+        elif name == "checkpoint" and frame.f_code.co_filename == _CHECKPOINT_FILE:
+            yield name, None
         frame = frame.f_back  # type: ignore[assignment]
 
 
