@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test docs lint clean
+.PHONY: demo test soak docs lint clean
 
 demo: .venv/demo.stamp
 	.venv/bin/python examples/train_text.py $(ARGS)
@@ -11,8 +11,12 @@ demo: .venv/demo.stamp
 test: .venv/test-loops.stamp
 	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
+# The long runs and the fuzzing, of which `make test` does a short part: about 15 minutes.
+soak: .venv/test-loops.stamp
+	.venv/bin/python -m pytest -n 2 --soak tests/test_soak.py tests/test_fuzz.py $(ARGS)
+
 # The table of tested models, from the tests that train them.
-docs: .venv/test-models.stamp
+docs: .venv/test-loops.stamp
 	.venv/bin/python -m pytest -n 2 tests/test_transformers.py tests/test_libraries.py \
 		--models-table docs/models.md
 

@@ -3,13 +3,29 @@ from pathlib import Path
 import models_table
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # The tests run two at a time, one thread each.
 torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="all of the long runs, not a part of each")
     parser.addoption("--models-table", metavar="FILE", help="write what was tested of models here")
+
+
+def pytest_configure(config):
+    """Have hypothesis generate thousands of cases in long runs, and the same few in short ones."""
+    soak = config.getoption("soak")
+    settings.register_profile(
+        "spanopt",
+        max_examples=3000 if soak else 60,
+        stateful_step_count=25,
+        derandomize=not soak,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    settings.load_profile("spanopt")
 
 
 def pytest_runtest_logreport(report):
@@ -21,6 +37,11 @@ def pytest_sessionfinish(session, exitstatus):
     path = session.config.getoption("models_table")
     if path and exitstatus == 0 and not hasattr(session.config, "workerinput"):
         Path(path).write_text(models_table.page(), encoding="utf-8")
+
+
+@pytest.fixture
+def soak(request):
+    return request.config.getoption("soak")
 
 
 @pytest.fixture(autouse=True)
