@@ -209,7 +209,7 @@ def _kind(module: nn.Module, traits: dict[type, frozenset[str]]) -> str | None:
         return "packed"
     cls = type(module)
     if cls not in traits:
-        own = cls.__module__.partition(".")[0] != "torch"
+        own = (cls.__module__ or "").partition(".")[0] != "torch"
         traits[cls] = _traits(cls) if own else frozenset()
     if "call" in traits[cls] or any(_is_attention(value) for value in vars(module).values()):
         return "call"
@@ -227,8 +227,9 @@ def _multiplies_by_hand(module: nn.Module, traits: frozenset[str]) -> bool:
     for child in list(children):
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             children += child.children()
-    owners = [child for child in children if next(child.parameters(), None) is not None]
-    return not [*owners, *module._parameters] or len(owners) + len(module._parameters) > 1
+    owners = sum(_may_project(child) for child in children)
+    owners += sum(p is not None and p.ndim > 1 for p in module._parameters.values())
+    return owners != 1
 
 
 def _site(
@@ -274,7 +275,7 @@ def _only_wraps_another(
 def _may_project(module: nn.Module) -> bool:
     """Whether a module has a matrix that could make Q and K of its input."""
     weights = (
-        getattr(part, "weight", None)
+        _quietly(getattr, part, "weight", None)
         for part in module.modules()
         if not isinstance(part, nn.Embedding)
     )
@@ -329,7 +330,7 @@ def _traits(cls: type) -> frozenset[str]:
         for value in _referenced(function, cls):
             if _is_attention(value):
                 traits.add("call")
-            if isinstance(value, types.FunctionType) and not _is_torch(value):
+            if _quietly(isinstance, value, types.FunctionType) and not _is_torch(value):
                 pending.append(value)
     return frozenset(traits)
 
@@ -368,9 +369,9 @@ def _methods(cls: type, name: str, names: set[str]) -> Iterator[Any]:
 def _attributes(value: Any, names: set[str], depth: int = 3) -> list[Any]:
     """Return a value and, for a module, what these names stand for inside it and its submodules."""
     found = [_function_of(value)]
-    if isinstance(value, Mapping):  # a registry
+    if _quietly(isinstance, value, Mapping):  # a registry
         found += map(_function_of, _quietly(lambda: list(value.values())) or [])
-    if isinstance(value, types.ModuleType) and depth > 0:
+    if _quietly(isinstance, value, types.ModuleType) and depth > 0:
         for name in names:
             found += _attributes(_quietly(getattr, value, name, None), names, depth - 1)
     return found

@@ -9,9 +9,11 @@ import pytest
 import torch
 from models import Decoder, ScoreAttention, gradients, loss_of, tokens
 from test_score_tap import assert_close
+from test_soak import by_hand
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from spanopt import SpanScale, SpanScaledOptimizer, attach
+from spanopt import SpanScale, SpanScaledOptimizer, attach, token_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*")
 
@@ -240,3 +242,19 @@ def test_compiled_training_with_the_optimizer_equals_eager_training():
             optimizer.step()
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("layer", ["score", "packed", "packed with weights", "softmax"])
+def test_neither_pass_waits_for_the_device_or_has_shapes_that_depend_on_values(layer):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng():
+        options = {"attention": by_hand} if layer == "softmax" else {"attention": LAYERS[layer]}
+        model = Decoder(**options)
+        optimizer = SpanScaledOptimizer(torch.optim.AdamW(model.parameters()), model, SCALE)
+        mask = torch.ones(3, 9, dtype=torch.bool)
+        batch = torch.zeros(3, 9, dtype=torch.long)
+        with token_mask(mask):
+            loss_of(model(batch), batch).backward()  # any such operation on a fake tensor raises
+        assert optimizer.hooks.unseen() == []
+        assert all(p.grad is not None for p in model.parameters())
+        with pytest.raises(DataDependentOutputException):
+            batch.sum().item()

@@ -56,6 +56,23 @@ def test_the_diff_turns_a_loop_that_runs_into_one_that_runs():
     assert difference.abs().max() > 0
 
 
+LOOPS = (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("diff", re.findall(r"```diff\n(.*?)```", LOOPS, re.DOTALL))
+def test_each_recipe_runs_before_and_after_and_its_after_is_wrapped(diff):
+    (setup,) = re.findall(r"```python\n(.*?)```", LOOPS, re.DOTALL)
+    ends = []
+    for source in (before(diff), after(diff)):
+        namespace = {}
+        torch.manual_seed(0)
+        exec(compile(setup + source, "loops.md", "exec"), namespace)
+        ends.append(namespace)
+    torch.compiler.reset()
+    optimizers = [{type(x).__name__ for x in vars_.values()} for vars_ in ends]
+    assert "SpanScaledOptimizer" in optimizers[1] - optimizers[0]
+
+
 def test_every_file_that_the_docs_link_to_exists():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):

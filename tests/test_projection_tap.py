@@ -569,6 +569,11 @@ CHANGES = {
     "one dimension": (lambda y: y[0, 0], TypeError, r"layer '0': 'wq' must return a tensor"),
     "complex": (lambda y: y + 1j, TypeError, r"layer '0': the wq tensor must be dense.*complex"),
     "sparse": (lambda y: y.to_sparse(), TypeError, r"layer '0': the wq tensor must be dense"),
+    "nested": (
+        lambda y: torch.nested.as_nested_tensor(list(y.unbind())),
+        TypeError,
+        r"layer '0': the wq tensor must be dense.* of size nested",
+    ),
 }
 
 

@@ -244,6 +244,38 @@ def test_a_part_without_parameters_belongs_to_the_layer_with_the_projections():
     assert names(nn.Sequential(layer)) == ["0"]
 
 
+class Core(nn.Module):
+    """An attention call with parameters of its own."""
+
+    def __init__(self, extra):
+        super().__init__()
+        self.extra = extra
+
+    def forward(self, q, k, v):
+        return sdpa(q, k, v, attn_mask=self.extra(q @ k.mT))
+
+
+class CoreByHand(Core):
+    def forward(self, q, k, v):
+        return self.extra(q @ k.mT).softmax(-1) @ v
+
+
+EXTRAS = {
+    "talking heads": lambda: nn.Conv2d(2, 2, 1),
+    "relative bias": lambda: nn.Embedding(8, 2),
+    "scale": lambda: nn.LayerNorm(8),
+    "nothing": lambda: nn.Identity(),
+}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("core", [Core, CoreByHand])
+def test_a_core_with_parameters_belongs_to_the_layer_with_the_projections(core, extra):
+    layer = owner(to_q=4, to_k=4, to_v=4)
+    layer.add_module("attend", nn.Sequential(core(EXTRAS[extra]())))
+    assert names(nn.Sequential(layer, nn.Linear(4, 4))) == ["0"]
+
+
 def test_a_wrapper_with_projection_names_gives_way_to_the_layer_inside():
     wrapper = owner(query=4, key=4)
     wrapper.add_module("attn", nn.MultiheadAttention(4, 2))
@@ -267,3 +299,110 @@ def test_the_layers_module_is_the_one_that_runs():
     model = Decoder(layers=1)
     (site,) = find_attention(torch.compile(model))
     assert site.module is model.blocks[0]["attn"]
+
+
+class Raising:
+    """An object all of whose attributes raise."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"{name} can't be told outside of a request")
+
+
+class RaisingRegistry(dict):
+    def values(self):
+        raise RuntimeError("not filled yet")
+
+
+class Incomparable:
+    def __eq__(self, other):
+        raise RuntimeError("can't be compared")
+
+    __hash__ = None
+
+
+class OfClasses(nn.Module):
+    """Has attributes by the names of torch's own odd modules, and uses these too."""
+
+    classes = ("cat", "dog")
+
+    def __init__(self):
+        super().__init__()
+        self.ops, self._classes = torch.ops, torch.classes
+
+    def forward(self, x):
+        torch.classes.load_library(self.classes)
+        return self.ops.aten.softmax(sdpa(x, x, x))
+
+
+class OfPackages(nn.Module):
+    backend, functional = torch, torch.nn
+
+    def __init__(self):
+        super().__init__()
+        self.F, self.nn = F, nn
+
+    def forward(self, x):
+        x = self.backend.relu(x) + self.nn.functional.relu(x)
+        return self.F.scaled_dot_product_attention(x, x, x)
+
+
+class OfProperties(nn.Module):
+    @property
+    def head_dim(self):
+        raise RuntimeError("not built yet")
+
+    def forward(self, x):
+        return sdpa(x, x, x) * self.head_dim
+
+
+class OfDescriptors(nn.Module):
+    class Descriptor:
+        def __get__(self, instance, owner):
+            raise RuntimeError("not built yet")
+
+    size = Descriptor()
+
+    def forward(self, x):
+        return sdpa(x, x, x) * self.size
+
+
+def of_raising_objects():
+    proxy, registry = Raising(), RaisingRegistry(attend=sdpa)
+
+    class OfRaisingObjects(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proxy, self.other = proxy, Incomparable()
+
+        def forward(self, x):
+            return sdpa(x, x, x) * proxy.scale + self.proxy.bias + registry["attend"](x, x, x)
+
+    return OfRaisingObjects()
+
+
+class OfInstance(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.forward = sdpa
+
+
+ODD = [
+    OfClasses,
+    OfPackages,
+    OfProperties,
+    OfDescriptors,
+    of_raising_objects,
+    OfInstance,
+]
+
+
+@pytest.mark.parametrize("build", ODD)
+def test_odd_attributes_are_no_obstacle(build):
+    assert names(nn.ModuleDict({"layer": build(), "head": nn.Linear(2, 2)})) == ["layer"]
+
+
+def test_projections_without_a_size_yet_are_no_obstacle():
+    layer = nn.Module()
+    layer.q_proj, layer.k_proj = nn.LazyLinear(4), nn.LazyLinear(4)
+    layer.attend = Core(nn.Conv2d(2, 2, 1))
+    assert names(nn.Sequential(layer)) == ["0"]

@@ -1,8 +1,10 @@
 """The softmax tap: attention written by hand, against the same forward with oracle hooks."""
 
 import copy
+import gc
 import io
 import math
+import weakref
 
 import pytest
 import torch
@@ -11,9 +13,16 @@ from oracle import projector, rescaled
 from torch import nn
 from torch._dynamo.exc import Unsupported
 from torch.nn import functional as F
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.checkpoint import checkpoint
 
-from spanopt import SpanScale, SpanScaledOptimizer, UnscaledLayerError, attach, find_attention
+from spanopt import (
+    SpanScale,
+    SpanScaledOptimizer,
+    UnscaledLayerError,
+    attach,
+    find_attention,
+    token_mask,
+)
 
 SCALES = {"query": (2.0, 0.5), "key": (3.0, 1.0)}
 SCALE = SpanScale(**SCALES)
@@ -384,6 +393,12 @@ def set_items_to_a_tensor(x, closed):
     return x
 
 
+def set_items_of_zeros(x, closed):
+    mask = torch.zeros_like(x)
+    mask[closed.expand_as(x)] = -torch.inf
+    return x + mask
+
+
 def add_in_place(x, closed):
     x += bias(closed, LOWEST)
     return x
@@ -417,6 +432,14 @@ MASKS = {
     "OPT": lambda x, closed: torch.max(x + bias(closed, LOWEST), torch.tensor(LOWEST)),
     "scores[mask] = -inf": set_items,
     "scores[mask] = tensor": set_items_to_a_tensor,
+    "zeros_like": lambda x, closed: x + torch.zeros_like(x).masked_fill(closed, -torch.inf),
+    "zeros_like in place": lambda x, closed: x + torch.zeros_like(x).masked_fill_(closed, -1e9),
+    "zeros_like with items": set_items_of_zeros,
+    "ones_like": lambda x, closed: x.masked_fill(torch.ones_like(x).bool() & closed, -1e9),
+    "new_zeros": lambda x, closed: x + x.new_zeros(x.shape).masked_fill(closed, -torch.inf),
+    "new_full": lambda x, closed: x + x.new_full(x.shape, -1e9) * closed,
+    "expand_as": lambda x, closed: x.masked_fill(closed.expand_as(x), -torch.inf),
+    "cast as the scores": lambda x, closed: x - 1e9 * closed.to(x.dtype),
     "two masks": lambda x, closed: (
         x.masked_fill(WINDOW, -torch.inf) + bias(closed.all(-2, keepdim=True), -1e9)
     ),
@@ -495,6 +518,128 @@ def test_queries_to_which_all_keys_are_closed_are_padding_in_cross_attention():
     model = ByHand(lambda q, k: scores(q, k).masked_fill(closed, -1e9).softmax(-1)).double()
     real = ~padded_queries.squeeze(3).numpy(), ~PADDED_KEYS.squeeze(2).numpy()
     check(model, *both_inputs(), hook=padded_oracle(*real))
+
+
+def below_the_second(x):
+    return x < x.topk(2, dim=-1).values[..., -1:]
+
+
+def not_among_the_first(x):
+    return torch.ones_like(x).bool().scatter(-1, x.topk(2, dim=-1).indices, False)
+
+
+def not_among_the_first_in_place(x):
+    mask = torch.ones_like(x).bool()
+    mask.scatter_(-1, x.topk(2, dim=-1).indices, False)
+    return mask
+
+
+def set_where_below_zero(x):
+    x[x < 0] = -torch.inf
+    return x
+
+
+# Each closes a key to all queries.
+OF_SCORES = {
+    "topk threshold": lambda x: x.masked_fill(below_the_second(x), -torch.inf),
+    "topk threshold, where": lambda x: torch.where(below_the_second(x), -1e9, x),
+    "topk scattered": lambda x: x.masked_fill(not_among_the_first(x), -1e9),
+    "topk scattered in place": lambda x: x.masked_fill(not_among_the_first_in_place(x), -1e9),
+    "kthvalue": lambda x: x.masked_fill(x < x.detach().kthvalue(M - 1, -1, True).values, -1e9),
+    "below zero": lambda x: x.masked_fill(x < 0, -torch.inf),
+    "not above zero": lambda x: x.masked_fill(torch.logical_not(x.gt(0)), -torch.inf),
+    "below zero, added": lambda x: x + (x < 0).double() * -1e9,
+    "below zero, added as filled zeros": lambda x: x + torch.zeros_like(x).masked_fill(x < 0, -1e9),
+    "below zero, subtracted": lambda x: x - 1e9 * (x < 0),
+    "below zero, set": set_where_below_zero,
+    "below the mean": lambda x: x.masked_fill(x < x.mean(-1, keepdim=True), -1e9),
+    "keys below zero on average": lambda x: x.masked_fill(x.mean((1, 2), True) < 0, -1e9),
+    "of low weight": lambda x: x.masked_fill(x.softmax(-1) < 1e-3, -1e9),
+    "dropped out": lambda x: x.masked_fill(F.dropout(x.detach().relu(), 0.2) == 0, -1e9),
+    "drawn": lambda x: x.masked_fill(torch.bernoulli(x.detach().sigmoid()) == 0, -1e9),
+}
+
+
+def masked_by_itself(name):
+    """Weights of scores that differ most by key, masked by what was computed from them."""
+
+    def weigh(q, k):
+        x = OF_SCORES[name](scores(q, k) + torch.linspace(-20, 20, M, dtype=q.dtype))
+        if not torch.compiler.is_compiling():
+            closed = (x < -1e3).flatten(1, -2).all(1)
+            assert closed.any(), "else it would be no padding anyway"
+        return x.softmax(-1)
+
+    return weigh
+
+
+@pytest.mark.parametrize("name", OF_SCORES)
+def test_masks_that_were_computed_from_the_scores_are_no_padding(name):
+    check(ByHand(masked_by_itself(name)).double(), *both_inputs())
+
+
+# Softmaxes over both axes.
+
+
+def normalised_both_ways(first):
+    def weigh(q, k):
+        x = scores(q, k)
+        one = x.softmax(first)
+        return one + x.softmax(-3 - first)
+
+    return weigh
+
+
+@pytest.mark.parametrize("first", [-1, -2])
+def test_where_both_sides_are_normalised_the_first_softmax_tells_the_keys(first):
+    sides = [SCALES["query"], SCALES["key"]]
+    check(
+        ByHand(normalised_both_ways(first)).double(),
+        *both_inputs(),
+        hook=oracle(*(sides if first == -1 else sides[::-1])),
+    )
+
+
+class CoAttention(nn.Module):
+    """One product, in which each of two sequences attends to the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj = (nn.Linear(H * D, D) for _ in range(2))
+
+    def forward(self, x, context, masks=(None, None), hook=None):
+        q, k = self.q_proj(x), self.k_proj(context)
+        if hook is not None:
+            q, k = hook(q, k)
+        affinity = torch.bmm(q, k.transpose(1, 2))
+        over_context, over_x = (
+            affinity if mask is None else affinity.masked_fill(~mask, -1e9) for mask in masks
+        )
+        of_context = over_context.softmax(2) @ context
+        of_x = over_x.softmax(1).transpose(1, 2) @ x
+        return torch.cat([of_context, of_x], dim=1)
+
+
+REAL_QUERIES, REAL_KEYS = torch.arange(N) < torch.tensor([[9], [7], [8]]), ~PADDED_KEYS[:, 0, 0]
+OF_BOTH_SIDES = padded_oracle(REAL_QUERIES.numpy(), REAL_KEYS.numpy())
+
+
+def test_co_attention_is_scaled_once_on_each_side():
+    check(CoAttention().double(), *both_inputs())
+
+
+def test_padding_of_both_sides_of_co_attention():
+    masks = (REAL_QUERIES[:, :, None] & REAL_KEYS[:, None],) * 2
+    check(CoAttention().double(), *both_inputs(), masks=masks, hook=OF_BOTH_SIDES)
+
+
+def test_token_mask_goes_before_the_masks_of_co_attention():
+    model, inputs = CoAttention().double(), both_inputs()
+    masks = REAL_KEYS[:, None], REAL_QUERIES[:, :, None]
+    _, expected = run(model, *inputs, masks=masks, hook=OF_BOTH_SIDES)
+    with attach(model, SCALE), token_mask({"*": (REAL_QUERIES, REAL_KEYS)}):
+        _, actual = run(model, *inputs, masks=masks)
+    assert largest_error(actual, expected) < 1e-10
 
 
 # Heads.
@@ -737,10 +882,17 @@ def test_activation_checkpointing_of_the_layer(use_reentrant):
     check(Wrapped(forward, layer=ByHand(WEIGHTS["q @ k.mT"])).double(), tokens())
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_inside_the_layer_is_never_silently_unscaled(use_reentrant):
+@pytest.mark.parametrize("weigh", WEIGHTS.values(), ids=WEIGHTS)
+def test_activation_checkpointing_inside_the_layer(weigh):
+    def checkpointed(q, k):
+        return checkpoint(weigh, q, k, use_reentrant=False)
+
+    check(ByHand(checkpointed).double(), *both_inputs())
+
+
+def test_reentrant_checkpointing_inside_the_layer_is_never_silently_unscaled():
     def weigh(q, k):
-        return checkpoint(WEIGHTS["q @ k.mT"], q, k, use_reentrant=use_reentrant)
+        return checkpoint(WEIGHTS["q @ k.mT"], q, k, use_reentrant=True)
 
     model, inputs = ByHand(weigh).double(), both_inputs()
     run(model, *inputs)
@@ -749,7 +901,7 @@ def test_activation_checkpointing_inside_the_layer_is_never_silently_unscaled(us
         run(model, *inputs)
         hooks.check()
 
-    with attach(model, SCALE) as hooks, pytest.raises((CheckpointError, UnscaledLayerError)):
+    with attach(model, SCALE) as hooks, pytest.raises(UnscaledLayerError):
         train(hooks)
 
 
@@ -835,6 +987,79 @@ def test_no_tensor_is_saved_that_plain_code_does_not_save(weigh):
     plain = saved_for_backward(model, *inputs)
     with attach(model, SCALE):
         assert saved_for_backward(model, *inputs) == plain
+
+
+# What is left behind.
+
+
+class Keeping(nn.Module):
+    """A layer that keeps what it computes, and writes some of it to buffers."""
+
+    def __init__(self, width=H * D):
+        super().__init__()
+        self.q_proj, self.k_proj = (nn.Linear(width, width) for _ in range(2))
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("last", None)
+        self.kept = ()
+
+    def forward(self, x):
+        q, k = self.q_proj(x), self.k_proj(x)
+        product = torch.bmm(q, k.transpose(1, 2))
+        masked = product.masked_fill(torch.eye(N).bool(), -1e9)
+        weights = masked.softmax(-1)
+        self.mean.lerp_(product.detach().mean(), 0.1)
+        self.last = weights.detach()
+        self.kept = (q, k, product, masked, weights)
+        return weights @ x
+
+
+def stored(x):
+    """What comes back from torch.save, and nothing of spanopt in the file."""
+    file = io.BytesIO()
+    torch.save(x, file)
+    assert b"_spanopt_notes" not in file.getvalue()
+    file.seek(0)
+    return torch.load(file, weights_only=not isinstance(x, nn.Module))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["", "after the backward pass"])
+def test_what_a_layer_computed_can_be_saved_and_copied_and_carries_no_notes(backward):
+    model, x = Keeping().double(), tokens()
+    with attach(model, SCALE):
+        result = model(x)
+        if backward:
+            result.pow(3).sum().backward()
+        everything = (x, result, *model.kept, *model.buffers(), *model.parameters())
+        assert all(vars(one) == {} for one in everything)
+        for one in everything:
+            assert torch.equal(stored(one), one)
+        assert torch.equal(copy.deepcopy(result.detach()), result)
+        assert torch.equal(stored(model.state_dict())["last"], model.last)
+        assert torch.equal(stored(model)(x), result)
+        model.kept = ()  # which are no leaves, so that no copy of them can be made
+        assert torch.equal(copy.deepcopy(model)(x), result)
+
+
+def tensors_alive(model, x):
+    """Which of the kept tensors are alive after each pass, while the scores are still in use."""
+    gc.collect()
+    gc.disable()
+    try:
+        loss = model(x).pow(3).sum()
+        kept, model.kept = [weakref.ref(one) for one in model.kept], model.kept[2:3]
+        forward = [one() is not None for one in kept]
+        loss.backward()
+        return forward, [one() is not None for one in kept]
+    finally:
+        gc.enable()
+
+
+def test_no_tensor_is_kept_alive_that_plain_code_does_not_keep():
+    model, x = Keeping().double(), tokens()
+    plain = tensors_alive(model, x)
+    assert sum(plain[1]) == 1
+    with attach(model, SCALE):
+        assert tensors_alive(model, x) == plain
 
 
 # What else a layer multiplies.
@@ -1053,6 +1278,48 @@ def test_complex_tensors_are_never_silently_unscaled():
         model(*inputs)
 
 
+class Fused(nn.Module):
+    def forward(self, q, k):
+        return F.scaled_dot_product_attention(q, k, k)
+
+
+class Packed(nn.MultiheadAttention):
+    def __init__(self):
+        super().__init__(D, 2)
+
+    def forward(self, q, k):
+        return super().forward(q, k, k)
+
+
+SPANLESS = {"sparse": torch.Tensor.to_sparse, "complex": torch.Tensor.cfloat}
+
+
+@pytest.mark.parametrize("kind", SPANLESS)
+@pytest.mark.parametrize("side", ["query", "key"])
+@pytest.mark.parametrize("layer", [Fused, Packed])
+def test_tensors_without_a_span_are_refused_by_name_in_the_other_taps_too(layer, side, kind):
+    model = nn.ModuleDict({"attn": layer()})
+    q, k = (torch.randn(B, N, D, requires_grad=True) for _ in range(2))
+    inputs = (SPANLESS[kind](q), k) if side == "query" else (q, SPANLESS[kind](k))
+    with attach(model), pytest.raises(TypeError, match=f"layer 'attn': the {side} tensor must be"):
+        model["attn"](*inputs)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "grouped"), [(4, 2, False), (4, 3, False), (4, 3, True), (2, 4, True)]
+)
+def test_heads_that_do_not_go_together_are_refused_by_name(heads, kv_heads, grouped):
+    class Grouped(nn.Module):
+        def forward(self, q, k):
+            return F.scaled_dot_product_attention(q, k, k, enable_gqa=grouped)
+
+    model = nn.ModuleDict({"attn": Grouped()})
+    q, k = (torch.randn(B, count, N, D, requires_grad=True) for count in (heads, kv_heads))
+    message = f"layer 'attn': the query has {heads} heads and the key {kv_heads}"
+    with attach(model), pytest.raises(ValueError, match=message):
+        model["attn"](q, k)
+
+
 def test_scores_that_were_pickled_are_tensors_like_others():
     def weigh(q, k):
         stored.append(scores(q, k))
@@ -1131,6 +1398,35 @@ class InProj(nn.Module):
         return self.out(torch.einsum("bhij,bhjd->bihd", weights, v).flatten(-2))
 
 
+class PositionsInside(nn.Module):
+    """An attention core with parameters of its own, that are no projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Embedding(N * M, H)
+
+    def forward(self, q, k):
+        bias = self.bias(torch.arange(N * M).view(N, M)).movedim(-1, 0)
+        return (scores(q, k) + bias).softmax(-1)
+
+
+class TalkingInside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = (nn.Conv2d(H, H, 1, bias=False) for _ in range(2))
+
+    def forward(self, q, k):
+        x = scores(q, k)
+        return self.after((x + self.before(x)).softmax(-1))
+
+
+@pytest.mark.parametrize("core", [PositionsInside, TalkingInside])
+def test_a_core_with_parameters_is_scaled_as_a_part_of_the_layer_around_it(core):
+    model = nn.ModuleDict({"layer": ByHand(core()).double()})
+    assert [site.name for site in find_attention(model)] == ["layer"]
+    check(model["layer"], *both_inputs())
+
+
 UNUSUAL = {
     NonLocal: (1, ("theta.weight", "phi.weight")),
     Numbered: (1, ("w1", "w2")),
@@ -1185,6 +1481,18 @@ def test_a_layer_that_is_no_attention_is_dropped_in_silence():
         optimizer.step()
     assert not torch.equal(model[1].theta.weight, before)
     assert [site.heads for site in optimizer.hooks.sites] == [None, 1, None]
+
+
+def test_a_model_of_layers_none_of_which_is_attention_is_an_error_at_the_step():
+    model, x = nn.Sequential(Router(), Router()).double(), tokens()
+    assert [site.certain for site in find_attention(model)] == [False] * 2
+    optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        run(model, x)
+        with pytest.raises(UnscaledLayerError, match=r"layers '0', '1' \(scaled: none\)"):
+            optimizer.step()
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
 def test_a_router_alone_has_the_gradients_of_plain_code():
@@ -1256,6 +1564,11 @@ COMPILED = {
         ],
         UNIFORM,
     ),
+    "masks shaped after the scores and computed from them": (
+        [closed_keys("zeros_like"), masked_by_itself("topk threshold")],
+        SCALE,
+    ),
+    "both ways": ([normalised_both_ways(-1)], UNIFORM),
     "ways": (
         [WEIGHTS[name] for name in ("mul_", "cast by softmax", "with a sink")],
         UNIFORM,
@@ -1381,3 +1694,84 @@ def test_the_weight_of_a_router_is_no_key_when_compiled(compiled):
     assert largest_error(actual, eager) < 1e-10
     assert torch.equal(eager["0.weight"], plain["0.weight"])
     assert_far(eager, plain, ["q_proj", "k_proj"])
+
+
+class BatchedRouter(nn.Module):
+    """Attention, and routers with a weight for each head, which they change before they use it."""
+
+    def __init__(self, *of):
+        super().__init__()
+        self.q_proj, self.k_proj, self.weight = (
+            nn.Parameter(torch.randn(*shape, dtype=torch.float64))
+            for shape in ((D, D), (D, D), (H, 5, D))
+        )
+        self.of = of
+
+    def forward(self, x, hook=None):
+        q, k = x @ self.q_proj, x @ self.k_proj
+        if hook is not None:
+            q, k = hook(q, k)
+        branches = [scores(q, k).softmax(-1)]
+        for of in self.of:
+            weight = of(self.weight).transpose(-2, -1)
+            branches.append(torch.matmul(x.unsqueeze(1), weight).softmax(-1))
+        return torch.cat([branch.flatten() for branch in branches])
+
+
+BATCHED = {
+    "itself": lambda weight: weight,
+    "normalised": lambda weight: F.normalize(weight, dim=-1),
+    "divided by its norm": lambda weight: weight / weight.norm(dim=-1, keepdim=True),
+    "cast": lambda weight: weight.to(torch.float32).double(),
+    "doubled": lambda weight: weight * 2,
+    "expanded": lambda weight: weight.expand(B, H, 5, D),
+    "repeated": lambda weight: weight.repeat(B, 1, 1, 1),
+    "one of its heads": lambda weight: weight[:1],
+}
+
+
+@pytest.mark.parametrize("weight", BATCHED.values(), ids=BATCHED)
+def test_a_weight_for_each_head_is_no_key(weight):
+    model, x = BatchedRouter(weight).double(), tokens(width=D)
+    check(model, x, names=["q_proj", "k_proj"])
+    _, plain = run(model, x)
+    with attach(model, SCALE):
+        _, actual = run(model, x)
+    assert torch.equal(actual["weight"], plain["weight"])
+
+
+def test_a_weight_for_each_head_is_no_key_when_compiled(compiled):
+    model, x = nn.Sequential(BatchedRouter(*BATCHED.values())), tokens(width=D)
+    _, plain = run(model, x)
+    with attach(model, UNIFORM):
+        _, eager = run(model, x)
+        _, actual = run(compiled(model, "eager"), x)
+    assert largest_error(actual, eager) < 1e-10
+    assert torch.equal(eager["0.weight"], plain["0.weight"])
+    assert largest_error({"": actual["0.weight"]}, {"": plain["0.weight"]}) < 1e-10
+    assert_far(actual, plain, ["q_proj", "k_proj"])
+
+
+def test_a_model_compiled_after_an_interrupted_forward_pass_is_scaled_once(compiled):
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    model, x = nn.Sequential(ByHand(WEIGHTS["q @ k.transpose"])).double(), tokens()
+    _, plain = run(model, x)
+    with attach(model, UNIFORM) as hooks:
+        _, expected = run(model, x)
+        handle = model[0].out_proj.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        handle.remove()
+        run_compiled = compiled(model, "eager")
+        for _ in range(2):
+            hooks.forget()
+            _, actual = run(run_compiled, x)
+            assert largest_error(actual, expected) < 1e-10
+            assert hooks.unseen() == []
+        _, actual = run(model, x)
+        assert largest_error(actual, expected) < 1e-10
+    _, actual = run(model, x)
+    assert all(torch.equal(actual[name], plain[name]) for name in plain)
+    assert_far(expected, plain)

@@ -204,9 +204,10 @@ def _may_be_attention(tap: Tap, left: Any, right: Any) -> bool:
             return False
     if not tap.is_live():
         return False
-    if left.is_nested or right.is_nested:  # the layer is reported as one that was not scaled
-        tap.multiplied = True
-        return False
+    for x in (left, right):
+        if x.is_nested or x.layout != torch.strided:
+            tap.multiplied = True  # so that the layer is reported as one that was not scaled
+            return False
     if not left.is_floating_point() or not right.is_floating_point():
         return False
     streams = tap.streams()
@@ -272,6 +273,15 @@ def _together(a: _Scores, b: _Scores) -> _Scores:
     if a.axes != b.axes:
         return a
     return _Scores(a.products + b.products, a.axes, both(a.read, b.read), a.widened or b.widened)
+
+
+def _shaped_as(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Take the shape or the type of another tensor, which may be scores where this is none."""
+    result = func(*args, **kwargs)
+    scores = _scores(tap, args[0])
+    if scores is not None and _keeps_axes(tap, result, args[:1], scores):
+        return _carry(tap, result, scores)
+    return result
 
 
 def _keeps_axes(tap: Tap, result: Any, args: Any, scores: _Scores) -> bool:
@@ -447,10 +457,11 @@ _ELEMENTWISE = (
     "mul", "mul_", "multiply", "div", "div_", "divide", "true_divide", "neg", "negative",
     "__mul__", "__rmul__", "__imul__", "__truediv__", "__itruediv__", "__idiv__", "__rsub__",
     "__neg__", "tanh", "tanh_", "clamp", "clamp_", "clip", "clamp_min", "clamp_max", "nan_to_num",
-    "max", "maximum", "min", "minimum", "dropout", "dropout_", "to", "float", "half", "bfloat16",
-    "double", "type", "type_as", "contiguous", "clone", "view", "reshape", "view_as", "reshape_as",
-    "expand", "expand_as", "unflatten", "flatten", "unsqueeze", "squeeze",
+    "max", "maximum", "min", "minimum", "dropout", "dropout_", "float", "half", "bfloat16",
+    "double", "type", "contiguous", "clone", "view", "reshape", "expand", "unflatten", "flatten",
+    "unsqueeze", "squeeze",
 )
+_SHAPED_AS = ("to", "type_as", "view_as", "reshape_as", "expand_as")
 
 
 # Arguments that may be given by name, in the order in which functions have them.
@@ -474,6 +485,7 @@ def _by_position(handler: Handler) -> Handler:
 
 _BY_NAME: dict[str, Handler] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(_SHAPED_AS, _shaped_as),
     **dict.fromkeys(("matmul", "__matmul__", "__rmatmul__"), _matmul),
     **dict.fromkeys(("mm", "bmm", "baddbmm"), _bmm),
     "einsum": _einsum,

@@ -19,10 +19,10 @@ __all__ = ["Streams"]
 _OF_SCORES = 1  # the bits of inputs come after it
 
 # Functions that take nothing but shape and type from their second argument, or from any.
-_SHAPED_AS = frozenset({"expand_as", "view_as", "reshape_as", "type_as", "broadcast_to"})
+_SHAPED_AS = frozenset({"expand_as", "view_as", "reshape_as", "type_as", "to", "broadcast_to"})
 _NEW = frozenset(
     f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
-) | frozenset(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor"))
+) | frozenset({"new", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"})
 
 
 class Streams:
@@ -94,8 +94,13 @@ class Streams:
                 self._notes[x] = bits | (self._bits(x) & _OF_SCORES)
 
     def _follow_weight(self, result: Any, given: list[Tensor]) -> None:
-        weight = self._weight(given[0]) if given else None
-        if weight is not None and all(self._weight(x) is weight for x in given):
+        # Beside what is trained a scale, a mask or noise may be there; indices would be a lookup.
+        constants = [x for x in given if not x.requires_grad and self._weight(x) is None]
+        weights = [self._weight(x) for x in given if not any(x is other for other in constants)]
+        weight = weights[0] if weights else None
+        if weight is None or any(other is not weight for other in weights):
+            return
+        if all(x.is_floating_point() or x.dtype == torch.bool for x in constants):
             for x in _tensors_in(result):
                 self._weights[x] = weight
 
