@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spanopt.projection import rescale, rescale_by_document
+from spanopt.shards import Spread, is_spread, on_shards
 
 __all__ = ["rescale_tokens", "span_node", "switch_on", "switched_node", "uniform_node"]
 
@@ -48,7 +49,13 @@ def span_node(
         >>> q.grad.round(decimals=4).squeeze(-1)
         tensor([5., 3., 5.])
     """
-    return _SpanNode.apply(x, parallel, violation, mask, documents, ridge)
+    if not is_spread(x):
+        return _SpanNode.apply(x, parallel, violation, mask, documents, ridge, None)
+
+    def node(x: Tensor, factors: Any, mask: Any, documents: Any, spread: Spread | None) -> Tensor:
+        return _SpanNode.apply(x, *factors, mask, documents, ridge, spread)
+
+    return on_shards(node, x, (parallel, violation), mask, documents)
 
 
 def uniform_node(x: Tensor, factor: Tensor) -> Tensor:
@@ -70,7 +77,9 @@ def uniform_node(x: Tensor, factor: Tensor) -> Tensor:
         >>> q.grad.squeeze(-1)
         tensor([3., 3.])
     """
-    return _UniformNode.apply(x, factor)
+    if not is_spread(x):
+        return _UniformNode.apply(x, factor)
+    return on_shards(lambda x, factors, *_: _UniformNode.apply(x, *factors), x, (factor,))
 
 
 def switched_node(
@@ -142,6 +151,7 @@ def rescale_tokens(
     ridge: float | None,
     mask: Tensor | None,
     documents: Tensor | None,
+    spread: Spread | None = None,
 ) -> Tensor:
     """Rescale a gradient by the span of a sequence's real tokens, or of each of its documents.
 
@@ -153,6 +163,8 @@ def rescale_tokens(
         ridge: Likewise.
         mask: Likewise.
         documents: As in :func:`spanopt.projection.rescale_by_document`, in place of ``mask``.
+        spread: The processes that have the other tokens of the sequences, if there are no
+            documents.
 
     Returns:
         The rescaled gradient.
@@ -165,7 +177,9 @@ def rescale_tokens(
         tensor([5., 3., 5.])
     """
     if documents is None:
-        return rescale(grad, x, parallel=parallel, violation=violation, ridge=ridge, mask=mask)
+        return rescale(
+            grad, x, parallel=parallel, violation=violation, ridge=ridge, mask=mask, spread=spread
+        )
     return rescale_by_document(
         grad, x, documents, parallel=parallel, violation=violation, ridge=ridge
     )
@@ -181,19 +195,22 @@ class _SpanNode(torch.autograd.Function):
         mask: Tensor | None,
         documents: Tensor | None,
         ridge: float | None,
+        spread: Spread | None,
     ) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.parallel, ctx.violation, mask, documents, ctx.ridge = inputs
+        x, ctx.parallel, ctx.violation, mask, documents, ctx.ridge, ctx.spread = inputs
         ctx.save_for_backward(x, mask, documents)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mask, documents = ctx.saved_tensors
-        scaled = rescale_tokens(grad, x, ctx.parallel, ctx.violation, ctx.ridge, mask, documents)
-        return scaled, None, None, None, None, None
+        scaled = rescale_tokens(
+            grad, x, ctx.parallel, ctx.violation, ctx.ridge, mask, documents, ctx.spread
+        )
+        return scaled, None, None, None, None, None, None
 
 
 class _SwitchedNode(torch.autograd.Function):

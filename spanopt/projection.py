@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spanopt.shards import Spread
+
 __all__ = ["decompose", "default_ridge", "project", "rescale", "rescale_by_document"]
 
 
@@ -104,6 +106,7 @@ def rescale(
     violation: float | Tensor,
     ridge: float | None = None,
     mask: Tensor | None = None,
+    spread: Spread | None = None,
 ) -> Tensor:
     """Scale the parallel span and the span violation of a gradient and add them up again.
 
@@ -119,6 +122,8 @@ def rescale(
         violation: Factor of the violation, likewise.
         ridge: As in :func:`project`.
         mask: As in :func:`project`. Masked tokens are multiplied by ``violation``.
+        spread: The processes that have the other tokens of the same sequences, each of which makes
+            this call with its own.
 
     Returns:
         The rescaled gradient, with the shape and dtype of ``grad``.
@@ -143,7 +148,7 @@ def rescale(
         return grad if parallel == 1 else grad * parallel
     dtype = _compute_dtype(torch.promote_types(basis.dtype, grad.dtype))
     a, b = (_per_head(factor, dtype, grad.device) for factor in (parallel, violation))
-    projected = _project(basis, grad, ridge, mask, factor=a - b)
+    projected = _project(basis, grad, ridge, mask, factor=a - b, spread=spread)
     return torch.addcmul(projected, grad.to(dtype), b).to(grad.dtype)
 
 
@@ -254,23 +259,26 @@ def _project(
     ridge: float | None,
     mask: Tensor | None,
     factor: Tensor | None = None,
+    spread: Spread | None = None,
 ) -> Tensor:
     """Return P x, times the factor if there is one, in the compute dtype."""
     dtype = _compute_dtype(torch.promote_types(basis.dtype, x.dtype))
-    if basis.numel() == 0 or x.numel() == 0:
+    # A process without tokens still takes part in the sums.
+    if spread is None and (basis.numel() == 0 or x.numel() == 0):
         return torch.zeros_like(x, dtype=dtype)
     ridge = max(default_ridge(dtype), ridge or 0.0)
     # One copy to (matrices, N, d) here saves one in each of the products below.
-    q, g = (t.to(dtype).reshape(-1, *t.shape[-2:]) for t in (basis.detach(), x))
+    count = basis.shape[:-2].numel()
+    q, g = (t.to(dtype).reshape(count, *t.shape[-2:]) for t in (basis.detach(), x))
     if mask is not None:
-        real = mask.expand(basis.shape[:-1]).reshape(-1, basis.shape[-2], 1)
+        real = mask.expand(basis.shape[:-1]).reshape(count, basis.shape[-2], 1)
         q, g = torch.where(real, q, 0), torch.where(real, g, 0)
     identity = torch.eye(q.shape[-1], dtype=dtype, device=q.device)
     identity = identity.expand(q.shape[0], -1, -1).contiguous()
     with _full_precision(basis.device.type):
-        whitened, gram, failed = _whiten(q, ridge, identity)
+        whitened, gram, failed = _whiten(q, ridge, identity, spread)
         inverse, failed_again = _inverse_factor(gram, identity)
-        coefficients = inverse @ (inverse.mT @ (whitened.mT @ g))
+        coefficients = inverse @ (inverse.mT @ _total(whitened.mT @ g, spread))
         failed = (failed + failed_again)[:, None, None] > 0
         coefficients = torch.where(failed, torch.nan, coefficients)
         if factor is not None:  # on the small matrix, which saves a pass over the tokens
@@ -286,20 +294,27 @@ def _full_precision(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _whiten(q: Tensor, ridge: float, identity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _whiten(
+    q: Tensor, ridge: float, identity: Tensor, spread: Spread | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return A = Q T with near-orthonormal columns, A^T A + rho T^T T, and where it failed.
 
     T is the inverse of a Cholesky factor of the shifted Gram matrix. Whatever T is,
     A (A^T A + rho T^T T)^{-1} A^T = Q (Q^T Q + rho I)^{-1} Q^T, so the shift costs no accuracy.
     """
-    gram = q.mT @ q
+    gram = _total(q.mT @ q, spread)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     trace = trace.masked_fill(trace == 0, 1)  # any scale will do for a zero basis
     # Large enough against the rounding errors of the Gram matrix for the factor to exist.
     shift = max(8 * _matmul_eps(gram.dtype), ridge)
     inverse, failed = _inverse_factor(gram + shift * trace * identity, identity)
     whitened = q @ inverse
-    return whitened, whitened.mT @ whitened + (inverse * (ridge * trace)).mT @ inverse, failed
+    gram = _total(whitened.mT @ whitened, spread) + (inverse * (ridge * trace)).mT @ inverse
+    return whitened, gram, failed
+
+
+def _total(part: Tensor, spread: Spread | None) -> Tensor:
+    return part if spread is None else spread.total(part)
 
 
 def _inverse_factor(matrix: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,8 +343,12 @@ def _per_head(factor: float | Tensor, dtype: torch.dtype, device: torch.device) 
 
 def _check(basis: Tensor, x: Tensor, ridge: float | None, mask: Tensor | None) -> None:
     for name, tensor in (("basis", basis), ("gradient", x)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"the {name} must be a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"the {name} must be real floating point, got {tensor.dtype}")
+        if not torch.compiler.is_compiling() and tensor.layout != torch.strided:
+            raise TypeError(f"the {name} must be a dense tensor, got {tensor.layout}")
     if basis.ndim < 2 or x.ndim < 2 or basis.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             "basis and gradient must be (..., N, d) with equal leading dimensions and tokens, "
@@ -338,8 +357,9 @@ def _check(basis: Tensor, x: Tensor, ridge: float | None, mask: Tensor | None) -
     check_ridge(ridge)
     if mask is None:
         return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"the mask must be boolean, true at real tokens, got {mask.dtype}")
+    if getattr(mask, "dtype", None) != torch.bool:
+        found = getattr(mask, "dtype", type(mask).__name__)
+        raise TypeError(f"the mask must be boolean, true at real tokens, got {found}")
     try:
         fits = torch.broadcast_shapes(mask.shape, basis.shape[:-1]) == basis.shape[:-1]
     except RuntimeError:
@@ -352,6 +372,8 @@ def _check(basis: Tensor, x: Tensor, ridge: float | None, mask: Tensor | None) -
 
 def _check_factors(grad: Tensor, *factors: float | Tensor) -> None:
     for factor in factors:
+        if not isinstance(factor, (Tensor, float, int)):
+            raise TypeError(f"a factor must be a number or a tensor, got {type(factor).__name__}")
         shape = tuple(factor.shape) if isinstance(factor, Tensor) else ()
         if shape and (grad.ndim < 3 or shape != (grad.shape[-3],)):
             raise ValueError(

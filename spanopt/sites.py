@@ -28,6 +28,8 @@ _FILLERS = {
 _QUERY = {"q", "query", "queries"}
 _KEY = {"k", "key", "keys", "kv"}
 _FUSED = {"qkv", "kqv", "qk", "querykeyvalue"}
+# What wrappers call the module inside: of torch.compile, FSDP1 and activation checkpointing.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(eq=False)
@@ -69,7 +71,7 @@ class AttentionSite:
     @property
     def class_name(self) -> str:
         """Name of the layer's class."""
-        return type(self.module).__name__
+        return _class_of(self.module).__name__
 
     def query_key_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of the query and key projections, fused ones included.
@@ -167,7 +169,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         ['', '0', '0']
     """
     for name, module in unwrap(model).named_modules():
-        yield name.replace("_orig_mod.", "").removesuffix("._orig_mod"), module
+        yield ".".join(part for part in name.split(".") if part not in _WRAPPED), module
 
 
 def is_inside(name: str, outer: str) -> bool:
@@ -181,7 +183,7 @@ def is_inside(name: str, outer: str) -> bool:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside ``torch.compile`` and data-parallel wrappers.
+    """Return the module inside ``torch.compile``, data-parallel and checkpointing wrappers.
 
     Args:
         model: A module, wrapped or not.
@@ -196,18 +198,24 @@ def unwrap(model: nn.Module) -> nn.Module:
         True
     """
     while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
+        inner = next((model._modules[name] for name in _WRAPPED if name in model._modules), None)
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if inner is None:
             return model
+        model = inner
+
+
+def _class_of(module: nn.Module) -> type:
+    """Return the class that wrote the module's code: FSDP2 puts one of its own before it."""
+    classes = type(module).__mro__
+    return next(c for c in classes if not (c.__module__ or "").startswith("torch.distributed."))
 
 
 def _kind(module: nn.Module, traits: dict[type, frozenset[str]]) -> str | None:
     if isinstance(module, nn.MultiheadAttention):
         return "packed"
-    cls = type(module)
+    cls = _class_of(module)
     if cls not in traits:
         own = (cls.__module__ or "").partition(".")[0] != "torch"
         traits[cls] = _traits(cls) if own else frozenset()
@@ -238,7 +246,7 @@ def _site(
     if isinstance(module, nn.MultiheadAttention):
         heads, head_dim = module.num_heads, module.head_dim
         return AttentionSite(name, module, "packed", heads=heads, kv_heads=heads, head_dim=head_dim)
-    by_hand = _multiplies_by_hand(module, traits[type(module)])
+    by_hand = _multiplies_by_hand(module, traits[_class_of(module)])
     tap = "softmax" if by_hand else None
     if kind == "call":
         tap = None if by_hand else "score"
@@ -262,7 +270,7 @@ def _only_wraps_another(
 ) -> bool:
     if kind in ("packed", "call"):
         return False
-    if kind == "projections" and _multiplies_by_hand(module, traits[type(module)]):
+    if kind == "projections" and _multiplies_by_hand(module, traits[_class_of(module)]):
         return False
     return any(
         is_inside(inner, name)

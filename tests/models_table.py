@@ -1,5 +1,6 @@
 """The page docs/models.md, made of what the tests record of each model they train."""
 
+import re
 from importlib.metadata import version
 
 _COLUMNS = ("library", "model", "attention", "taps", "layers", "error")
@@ -10,7 +11,7 @@ def note(properties):
     """Keep what a test recorded, if it is of a model."""
     if set(_COLUMNS) <= set(properties):
         shown = {**properties, "error": f"{properties['error']:.0e}"}
-        _rows.add(tuple(str(shown[column]).replace(",", ", ") for column in _COLUMNS))
+        _rows.add(tuple(re.sub(r",\b", ", ", str(shown[column])) for column in _COLUMNS))
 
 
 def page():

@@ -1,11 +1,13 @@
 import pytest
 import torch
-from models import Decoder, ScoreAttention
+from models import Decoder, ScoreAttention, loss_of
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.optim import SGD
 
-from spanopt import find_attention
+from spanopt import SpanScaledOptimizer, find_attention
 
 
 def names(model):
@@ -406,3 +408,33 @@ def test_projections_without_a_size_yet_are_no_obstacle():
     layer.q_proj, layer.k_proj = nn.LazyLinear(4), nn.LazyLinear(4)
     layer.attend = Core(nn.Conv2d(2, 2, 1))
     assert names(nn.Sequential(layer)) == ["0"]
+
+
+def test_wrappers_inside_a_model_are_looked_through():
+    model = Decoder()
+    names = [site.name for site in find_attention(model)]
+    model.blocks[0] = nn.ModuleDict(
+        {name: checkpoint_wrapper(part) for name, part in model.blocks[0].items()}
+    )
+    model.blocks[1]["attn"] = torch.compile(model.blocks[1]["attn"])
+    assert [site.name for site in find_attention(model)] == names
+    optimizer = SpanScaledOptimizer(SGD(model.parameters()), model, {"blocks.0.attn": (2, 1)})
+    batch = torch.zeros(2, 5, dtype=torch.long)
+    loss_of(model(batch), batch).backward()
+    optimizer.step()
+
+
+def test_a_class_that_fully_shard_puts_before_a_layers_own_is_looked_through():
+    class Unnamed(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    class FSDPModule:
+        __module__ = "torch.distributed.fsdp"
+
+    layer = Unnamed()
+    layer.__class__ = type(
+        "FSDPUnnamed", (FSDPModule, Unnamed), {"__module__": "torch.distributed.fsdp._fully_shard"}
+    )
+    (site,) = find_attention(nn.Sequential(layer))
+    assert (site.class_name, site.tap) == ("Unnamed", "score")

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import __file__ as _CHECKPOINT_FILE
 
 from spanopt.node import span_node, uniform_node
 from spanopt.scale import Factor, SpanScale
+from spanopt.shards import is_context_parallel, is_spread
 from spanopt.sites import AttentionSite
 from spanopt.taps.masks import Read, Tokens, real_tokens
 from spanopt.taps.notes import Notes
@@ -247,7 +248,7 @@ class Tap(TorchFunctionMode):
         """Note the tokens of a forward pass, with which activation checkpointing repeats it."""
         if self._ran_again:
             self._given, self._ran_again = [], False
-        if len(self._given) < 2 and not any(given is other for other in self._given):
+        if len(self._given) < 2 and not any(_are_same(given, other) for other in self._given):
             self._given.append(given)
 
     def _recall(self) -> GivenTokens:
@@ -353,6 +354,7 @@ class Tap(TorchFunctionMode):
             TypeError: A nested, sparse or complex tensor, or one of ``torch.vmap``.
             ValueError: The number of per-head values is not the number of heads.
         """
+        self.site.tap = tap
         self.refuse(query=query, key=key)
         self.refuse_vmap(query, key)
         # Without a dimension for them, heads are merged into the batch and can't be told apart.
@@ -372,15 +374,43 @@ class Tap(TorchFunctionMode):
             **tensors: Tensors by name.
 
         Raises:
-            TypeError: One of them is nested, sparse or complex.
+            TypeError: One of them is nested, sparse or complex, or a part of what it should be.
         """
         for name, x in tensors.items():
+            self._refuse_part(name, x)
             if x.is_nested or x.layout != torch.strided or not x.is_floating_point():
                 size = "nested" if x.is_nested else tuple(x.shape)
                 raise TypeError(
                     f"layer {self.site.name!r}: the {name} tensor must be dense, strided and "
                     f"real floating point, got {x.layout} {x.dtype} of size {size}; "
                     "pad it to a dense tensor, or scale the layer with None"
+                )
+
+    def _refuse_part(self, name: str, x: Tensor) -> None:
+        """Refuse what is one process's part of a tensor, or spread where no node can go."""
+        layer = f"layer {self.site.name!r}"
+        if is_spread(x):
+            if self.site.tap in ("projection", "softmax"):
+                raise TypeError(
+                    f"{layer}: {name} is a DTensor, which only an attention that calls "
+                    "torch.nn.functional.scaled_dot_product_attention may have: call that, go "
+                    "on with to_local() before the attention, or scale the layer with None"
+                )
+        elif is_context_parallel():
+            raise TypeError(
+                f"{layer}: the sequence is sharded by context_parallel, and {name} is a process's "
+                "part of it, whose span is another: let the layer's forward call "
+                "torch.nn.functional.scaled_dot_product_attention itself, which then sees the "
+                "whole sequence, or scale the layer with None"
+            )
+        if self.site.tap == "projection":
+            owner = self.site.module.get_submodule(name)
+            if isinstance(owner, nn.Linear) and x.shape[-1] != owner.out_features:
+                raise TypeError(
+                    f"{layer}: {name!r} returns {x.shape[-1]} of its {owner.out_features} "
+                    "features, as under tensor parallelism, and nothing tells the heads of this "
+                    "process: write q = spanopt.span_node(q, parallel, violation), and the same "
+                    "for k, in the layer's forward instead"
                 )
 
     def tokens(
@@ -541,12 +571,21 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
+def _are_same(a: GivenTokens, b: GivenTokens) -> bool:
+    """Return whether tokens are the same, as far as can be told without reading them."""
+    if a is None or b is None or a is b:
+        return a is b
+    pairs = [(one or Tokens(), other or Tokens()) for one, other in zip(a, b, strict=True)]
+    return all(x.mask is y.mask and x.documents is y.documents for x, y in pairs)
+
+
 def _is_checkpointed() -> bool:
     """Return whether this thread is in a forward pass that will be repeated for the backward."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is CheckpointFunction.forward.__code__:
-            return True
+            # Without inputs that are trained nothing will be repeated.
+            return bool(frame.f_locals["ctx"].next_functions)
         frame = frame.f_back  # type: ignore[assignment]
     return False
 

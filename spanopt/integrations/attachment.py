@@ -1,0 +1,144 @@
+"""What a framework's callback does over one run, whatever the framework."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from spanopt.attach import SpanHooks, attach
+from spanopt.scale import ScaleLike, SpanScale
+from spanopt.scheduler import Schedule, SpanScheduler
+
+__all__ = ["Attachment", "MakeSchedule", "Scales"]
+
+Scales: TypeAlias = "Mapping[str, ScaleLike | None] | SpanScale | None"
+MakeSchedule: TypeAlias = "Callable[[int], Schedule | Mapping[str, Schedule | None]]"
+"""From the number of optimizer steps in a run to what a SpanScheduler takes."""
+
+
+class Attachment:
+    """Hooks on a model, and a scheduler of their scales, from the begin of a run to its end.
+
+    Args:
+        scales: As in :func:`~spanopt.attach`.
+        schedule: From the number of optimizer steps in the run to a schedule, or schedules by
+            layer, of a :class:`~spanopt.SpanScheduler`.
+        **options: Further arguments of :func:`~spanopt.attach`.
+
+    Attributes:
+        hooks: The :class:`~spanopt.SpanHooks` during a run.
+        scheduler: The :class:`~spanopt.SpanScheduler`, with a schedule and during a run.
+
+    Example:
+        >>> attachment = Attachment({"*": (2.0, 1.0)})
+        >>> attachment.begin(nn.TransformerEncoderLayer(8, nhead=2), steps=100)
+        >>> len(attachment.hooks.groups)
+        1
+        >>> attachment.end()
+    """
+
+    def __init__(
+        self, scales: Scales = None, schedule: MakeSchedule | None = None, **options: Any
+    ) -> None:
+        if schedule is not None and not callable(schedule):
+            raise TypeError(
+                "schedule must be a function of the number of optimizer steps, such as "
+                f"lambda steps: spanopt.scheduler.linear(steps // 10), got {schedule!r}"
+            )
+        self.scales = scales
+        self.schedule = schedule
+        self.options = options
+        self.hooks: SpanHooks | None = None
+        self.scheduler: SpanScheduler | None = None
+        self._remove: Callable[[], Any] = lambda: None
+
+    def begin(self, model: nn.Module, steps: int, state: Mapping[str, Any] | None = None) -> None:
+        """Install the hooks; a run that an exception ended before is ended first.
+
+        Args:
+            model: The model to train.
+            steps: The number of optimizer steps in the run.
+            state: From :meth:`state`, to go on there.
+
+        Raises:
+            TypeError: As in :func:`~spanopt.attach` and :class:`~spanopt.SpanScheduler`.
+            ValueError: Likewise, or ``state`` is of other layers, or of a run with a schedule that
+                this one lacks. Nothing is installed then.
+
+        Example:
+            >>> attachment = Attachment()
+            >>> attachment.begin(nn.TransformerEncoderLayer(8, nhead=2), steps=100)
+        """
+        self.end()
+        state = state or {}
+        if state.get("scheduler") is not None and self.schedule is None:
+            raise ValueError(
+                "the checkpoint is of a run whose scales followed a schedule, and schedules are "
+                "code that is not saved: pass schedule= again"
+            )
+        self.hooks = attach(model, self.scales, **self.options)
+        # A callback that is dropped leaves the model clean.
+        self._remove = weakref.finalize(self, self.hooks.remove)
+        try:
+            if "span_groups" in state:
+                self.hooks.load_state_dict(state)
+            if self.schedule is not None:
+                self.scheduler = SpanScheduler(self.hooks, self.schedule(steps))
+                if state.get("scheduler") is not None:
+                    self.scheduler.load_state_dict(state["scheduler"])
+        except BaseException:
+            self.end()
+            raise
+
+    def check(self) -> None:
+        """Complain of layers that were not scaled; to be called before an optimizer step.
+
+        Raises:
+            UnscaledLayerError: As in :meth:`SpanHooks.check`.
+
+        Example:
+            >>> Attachment().check()  # outside of a run there is nothing to complain of
+        """
+        if self.hooks is not None:
+            self.hooks.check()
+
+    def stepped(self, skipped: bool = False) -> None:
+        """Set the scales for the next step; to be called after an optimizer step.
+
+        Args:
+            skipped: Whether nothing was updated, as after an overflow; the schedule then waits.
+
+        Example:
+            >>> Attachment().stepped()
+        """
+        if self.hooks is not None:
+            self.hooks.forget()
+        if self.scheduler is not None and not skipped:
+            self.scheduler.step()
+
+    def state(self) -> dict[str, Any] | None:
+        """Return scales and scheduler for a checkpoint, or ``None`` outside of a run.
+
+        Returns:
+            Numbers, strings, lists, dicts and ``None`` only.
+
+        Example:
+            >>> Attachment().state() is None
+            True
+        """
+        if self.hooks is None:
+            return None
+        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
+        return {**self.hooks.state_dict(), "scheduler": scheduler}
+
+    def end(self) -> None:
+        """Take the hooks off the model. Doing it twice is harmless.
+
+        Example:
+            >>> Attachment().end()
+        """
+        self._remove()
+        self.hooks = self.scheduler = None

@@ -1,0 +1,197 @@
+"""For the ``Trainer`` of Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from spanopt.attach import SpanHooks
+from spanopt.integrations.attachment import Attachment, MakeSchedule, Scales
+from spanopt.scheduler import SpanScheduler
+
+__all__ = ["SpanScaledCallback"]
+
+
+class SpanScaledCallback(Callback):
+    """Train a ``LightningModule`` on span-scaled attention gradients, without changing its code.
+
+    For a module of one's own it does as well to return a :class:`~spanopt.SpanScaledOptimizer` from
+    ``configure_optimizers``. The callback is for modules that others wrote, for scales that follow
+    a schedule, which Lightning has no place for, and to have both in its checkpoints. The hooks are
+    on the module, in automatic and manual optimization alike, from the start of training until it
+    ends, be it by an exception.
+
+    Args:
+        scales: As in :class:`~spanopt.SpanScaledOptimizer`; names of layers are those in the
+            ``LightningModule``.
+        schedule: From the number of optimizer steps in the run (``estimated_stepping_batches``) to
+            a schedule, or schedules by layer, of a :class:`~spanopt.SpanScheduler`. It takes a step
+            with the optimizer.
+        ridge: As in :func:`~spanopt.project`.
+        on_missing: What to do when a layer that was asked for was not scaled since the last
+            optimizer step: ``"error"``, before anything is updated, ``"warn"`` or ``"ignore"``.
+        projections: As in :func:`~spanopt.attach`.
+
+    Raises:
+        TypeError: A schedule that is no function. All else is checked when training starts.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from spanopt.scheduler import linear
+        >>> callback = SpanScaledCallback(
+        ...     {"*": (2.0, 1.0)}, schedule=lambda steps: linear(steps // 10)
+        ... )
+        >>> Trainer(max_steps=100, callbacks=[callback]).fit(module, data)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        scales: Scales = None,
+        schedule: MakeSchedule | None = None,
+        *,
+        ridge: float | None = None,
+        on_missing: str = "error",
+        projections: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._attachment = Attachment(
+            scales, schedule, ridge=ridge, on_missing=on_missing, projections=projections
+        )
+        self._loaded: dict[str, Any] | None = None
+        self._last: dict[str, Any] = {}
+        self._handle: Any = None
+
+    @property
+    def hooks(self) -> SpanHooks | None:
+        """The :class:`~spanopt.SpanHooks` on the module, while it trains."""
+        return self._attachment.hooks
+
+    @property
+    def scheduler(self) -> SpanScheduler | None:
+        """The :class:`~spanopt.SpanScheduler`, while it trains and if there is a schedule."""
+        return self._attachment.scheduler
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget a checkpoint that was loaded for another run, such as one of validation.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            stage: What begins.
+
+        Example:
+            >>> Trainer(callbacks=[SpanScaledCallback()]).fit(module, data)  # doctest: +SKIP
+        """
+        self._loaded = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Install the hooks, and go on with the scales of the checkpoint that is resumed.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+
+        Raises:
+            TypeError: As in :func:`~spanopt.attach`.
+            ValueError: As in :func:`~spanopt.attach`, more than one optimizer, or a checkpoint of
+                other layers, or with a schedule when there is none here.
+
+        Example:
+            >>> Trainer(callbacks=[SpanScaledCallback()]).fit(module, data)  # doctest: +SKIP
+        """
+        if len(trainer.optimizers) != 1:
+            raise ValueError(
+                "SpanScaledCallback can't tell which of several optimizers trains which layer, got "
+                f"{len(trainer.optimizers)}: wrap each in a SpanScaledOptimizer, with scales for "
+                "its layers, in configure_optimizers"
+            )
+        steps: Any = trainer.estimated_stepping_batches
+        self._attachment.begin(pl_module, steps, self._loaded)
+        # Steps that a GradScaler skips don't count, and several in one batch all do.
+        self._handle = trainer.optimizers[0].register_step_post_hook(
+            lambda *arguments: self._attachment.stepped()
+        )
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Check that every layer asked for was scaled since the last optimizer step.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            optimizer: The optimizer.
+
+        Raises:
+            UnscaledLayerError: One was not, and ``on_missing`` is ``"error"``.
+
+        Example:
+            >>> Trainer(callbacks=[SpanScaledCallback()]).fit(module, data)  # doctest: +SKIP
+        """
+        self._attachment.check()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Take the hooks off the module.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            exception: What ends the training.
+
+        Example:
+            >>> Trainer(callbacks=[SpanScaledCallback()]).fit(module, data)  # doctest: +SKIP
+        """
+        self.remove()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the hooks off the module.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            stage: What has ended.
+
+        Example:
+            >>> Trainer(callbacks=[SpanScaledCallback()]).fit(module, data)  # doctest: +SKIP
+        """
+        self.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return scales and schedule for a checkpoint: those of the last run, if none is going on.
+
+        Returns:
+            Numbers, strings, lists, dicts and ``None`` only.
+
+        Example:
+            >>> SpanScaledCallback().state_dict()
+            {}
+        """
+        return self._attachment.state() or self._last
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the scales and the schedule of a checkpoint for the next run.
+
+        Args:
+            state_dict: From :meth:`state_dict`.
+
+        Example:
+            >>> callback = SpanScaledCallback()
+            >>> callback.load_state_dict(callback.state_dict())
+        """
+        self._loaded = dict(state_dict)
+
+    def remove(self) -> None:
+        """Take the hooks off the module now. Doing it twice is harmless.
+
+        Example:
+            >>> SpanScaledCallback().remove()
+        """
+        self._last = self.state_dict()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        self._attachment.end()

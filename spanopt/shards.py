@@ -1,0 +1,121 @@
+"""Nodes on a Q or K that is spread over processes: a ``DTensor``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+__all__ = ["Spread", "is_context_parallel", "is_spread", "on_shards"]
+
+_attention = F.scaled_dot_product_attention
+
+
+class Spread(NamedTuple):
+    """Processes that have parts of the same sequences.
+
+    Attributes:
+        mesh: A device mesh.
+        dims: Its dimensions along which tokens are spread.
+    """
+
+    mesh: Any
+    dims: tuple[int, ...]
+
+    def total(self, part: Tensor) -> Tensor:
+        """Return the sum over the processes.
+
+        Args:
+            part: This process's summand.
+        """
+        spread = [Partial() if i in self.dims else Replicate() for i in range(self.mesh.ndim)]
+        whole = DTensor.from_local(part, self.mesh, spread, run_check=False)
+        whole = whole.redistribute(placements=[Replicate()] * self.mesh.ndim)
+        # Each process goes on with tokens of its own, so double backward has to add up as well.
+        return whole.to_local(grad_placements=spread)
+
+
+def is_spread(x: Tensor) -> bool:
+    """Return whether a tensor is a ``DTensor``.
+
+    Example:
+        >>> is_spread(torch.ones(2, 1))
+        False
+    """
+    return torch.distributed.is_available() and isinstance(x, DTensor)
+
+
+def is_context_parallel() -> bool:
+    """Return whether ``torch.distributed.tensor.experimental.context_parallel`` is active.
+
+    It puts a function of its own, which makes ``DTensor`` of each process's part of the sequences,
+    in the place of ``scaled_dot_product_attention``. Others do the same for other ends.
+
+    Example:
+        >>> is_context_parallel()
+        False
+    """
+    attention = F.scaled_dot_product_attention
+    return attention is not _attention and attention.__module__.startswith("torch.distributed")
+
+
+def on_shards(
+    node: Callable[..., Tensor],
+    x: Tensor,
+    factors: tuple[float | Tensor, ...],
+    mask: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> Tensor:
+    """Put a node on the part of Q or K that this process has.
+
+    Batch and heads may be spread at will, each process then rescales its own. Where tokens are, the
+    processes add up their d x d matrices. Spread features are gathered, and so are spread batches
+    and tokens where there are documents.
+
+    Args:
+        node: Called as ``node(local, factors, mask, documents, spread)``, where ``spread`` is
+            ``None`` if every process has all tokens.
+        x: Shape ``(..., H, N, d)``.
+        factors: Numbers, or tensors of shape ``()`` or ``(H,)``, the same on all processes.
+        mask: As in :func:`spanopt.project`: a ``DTensor``, or the same on all processes.
+        documents: As in :func:`spanopt.projection.rescale_by_document`, likewise.
+
+    Returns:
+        What the node returns, spread.
+    """
+    assert isinstance(x, DTensor)
+    mesh, ndim = x.device_mesh, x.ndim
+    fixed = {ndim - 1} if documents is None else {0, ndim - 2, ndim - 1}
+    layout = [p if type(p) is Shard and p.dim not in fixed else Replicate() for p in x.placements]
+    x = x.redistribute(placements=layout)
+
+    def local(value: Any, first: int) -> Any:
+        """Return this process's part of what has the dimensions of x from this one on."""
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        if not isinstance(value, DTensor):
+            value = DTensor.from_local(value, mesh, run_check=False)
+        own = {i for i, size in enumerate(value.shape, first) if size == x.shape[i]}
+        placements = [
+            Shard(p.dim - first) if isinstance(p, Shard) and p.dim in own else Replicate()
+            for p in layout
+        ]
+        return value.redistribute(placements=placements).to_local()
+
+    by_token = tuple(i for i, p in enumerate(layout) if p == Shard(ndim - 2))
+    result = node(
+        x.to_local(),
+        tuple(local(factor, ndim - 3) for factor in factors),
+        None if mask is None else local(mask, ndim - 1 - mask.ndim),
+        documents.full_tensor() if isinstance(documents, DTensor) else documents,
+        Spread(mesh, by_token) if by_token else None,
+    )
+    return DTensor.from_local(
+        result, mesh, layout, run_check=False, shape=x.shape, stride=x.stride()
+    )
