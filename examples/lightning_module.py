@@ -35,24 +35,23 @@ class Model(LightningModule):
         x = self.bytes(windows[:, :-1]) + self.positions.weight
         logits = nn.functional.linear(self.layers(x, self.mask, is_causal=True), self.bytes.weight)
         loss = nn.functional.cross_entropy(logits.mT, windows[:, 1:])
-        self.log("loss", loss)
+        self.log("loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> SpanScaledOptimizer:
         """Wrap the optimizer; all else is as it was."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
-        return SpanScaledOptimizer(optimizer, self, {"*": SpanScale(parallel=2.0, violation=1.0)})
+        bare = torch.optim.AdamW(self.parameters(), lr=3e-3)
+        return SpanScaledOptimizer(bare, self, {"*": SpanScale(parallel=2.0, violation=1.0)})
 
 
 def main(folder: str = "runs/lightning", epochs: str = "2") -> None:
-    """Train, and print the loss of the last batch."""
+    """Train."""
     torch.manual_seed(0)
     text = torch.tensor([*"\n".join(topics.values()).encode()])
     windows = text[torch.randint(len(text) - LENGTH, (320, 1)) + torch.arange(LENGTH + 1)]
-    loader = DataLoader(TensorDataset(windows), batch_size=16)
     saving = ModelCheckpoint(folder, save_last=True)
     trainer = Trainer(max_epochs=int(epochs), callbacks=[saving], logger=False)
-    trainer.fit(Model(), loader, ckpt_path="last")
+    trainer.fit(Model(), DataLoader(TensorDataset(windows), batch_size=16), ckpt_path="last")
     print(f"step {trainer.global_step}: loss {trainer.callback_metrics['loss']:.3f}")
 
 

@@ -150,6 +150,11 @@ class SpanScaledOptimizer(Optimizer):
     def _attached(self) -> bool:
         return bool(self.hooks.sites)
 
+    @property
+    def _is_front(self) -> bool:
+        """Whether this is a LightningOptimizer, which is of this class too and stands for one."""
+        return "hooks" not in self.__dict__
+
     param_groups = _passed_on("param_groups")
     state = _passed_on("state")
     defaults = _passed_on("defaults")
@@ -321,6 +326,8 @@ class SpanScaledOptimizer(Optimizer):
             >>> optimizer.state_dict()["span_groups"]
             [{'name': '', 'parallel': 2.0, 'violation': 1.0, 'query': None, 'key': None}]
         """
+        if self._is_front:
+            return self.optimizer.state_dict()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = dict(self.optimizer.state_dict())
@@ -351,6 +358,9 @@ class SpanScaledOptimizer(Optimizer):
             >>> optimizer = SpanScaledOptimizer(bare, model)
             >>> optimizer.load_state_dict(bare.state_dict())
         """
+        if self._is_front:
+            self.optimizer.load_state_dict(dict(state_dict))
+            return
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
@@ -448,6 +458,9 @@ class SpanScaledOptimizer(Optimizer):
             >>> SpanScaledOptimizer(bare, model).detach() is bare
             True
         """
+        if self._is_front:
+            detached: Optimizer = self.optimizer.detach()  # type: ignore[attr-defined]
+            return detached
         self.hooks.remove()
         self._unhook()
         return self.optimizer

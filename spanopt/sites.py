@@ -138,10 +138,12 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
         raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     traits: dict[type, frozenset[str]] = {}
     found: dict[str, tuple[nn.Module, str]] = {}
-    for name, module in named_modules(model):
-        kind = _kind(module, traits)
-        if kind is not None:
-            found[name] = (module, kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is looked at on the way
+        for name, module in named_modules(model):
+            kind = _kind(module, traits)
+            if kind is not None:
+                found[name] = (module, kind)
     kept = {
         name: (module, kind)
         for name, (module, kind) in found.items()
@@ -380,8 +382,9 @@ def _attributes(value: Any, names: set[str], depth: int = 3) -> list[Any]:
     if _quietly(isinstance, value, Mapping):  # a registry
         found += map(_function_of, _quietly(lambda: list(value.values())) or [])
     if _quietly(isinstance, value, types.ModuleType) and depth > 0:
-        for name in names:
-            found += _attributes(_quietly(getattr, value, name, None), names, depth - 1)
+        loaded = vars(value)  # what a package would import only when asked is not there yet
+        for name in names & loaded.keys():
+            found += _attributes(loaded[name], names, depth - 1)
     return found
 
 
@@ -394,13 +397,11 @@ def _function_of(value: Any) -> Any:
 
 
 def _quietly(function: Callable[..., Any], *args: Any) -> Any:
-    """Call it on objects that are not ours and may import, warn or raise; ``None`` if they do."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return function(*args)
-        except Exception:
-            return None
+    """Call it on objects that are not ours and may import or raise; ``None`` if they do."""
+    try:
+        return function(*args)
+    except Exception:
+        return None
 
 
 def _is_attention(value: Any) -> bool:

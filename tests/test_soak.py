@@ -76,7 +76,7 @@ def test_over_many_steps_nothing_grows_and_nothing_is_left(options, soak):
         if step % (steps // 5) == steps // 10:
             marks.append((live_tensors(), process.memory_info().rss))
     tensors, resident = zip(*marks, strict=True)
-    assert len(set(tensors[1:])) == 1
+    assert tensors[-1] <= tensors[1]
     # What the allocator keeps settles in the first part of the run.
     assert resident[-1] - resident[1] < 4e6
     assert snapshot(model) == hooked

@@ -4,22 +4,24 @@ Each run is compared in its parameters with a plain loop over the same batches, 
 hooks take the place of spanopt, and one that resumes from a checkpoint with one that never stopped.
 """
 
-import families
 import copy
 import inspect
+import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import families
 import lightning
 import pytest
 import torch
 import transformers as hf
 from accelerate import Accelerator, skip_first_batches
 from families import FAMILIES
-from models import Decoder, ScoreAttention, loss_of
-from test_attach import snapshot
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from models import Decoder, loss_of
+from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,7 +29,7 @@ from torch.utils.data import DataLoader
 
 import spanopt.integrations.lightning
 import spanopt.integrations.transformers
-from spanopt import SpanScale, SpanScaledOptimizer, SpanScheduler, UnscaledLayerError, attach
+from spanopt import SpanScale, SpanScaledOptimizer, SpanScheduler, UnscaledLayerError
 from spanopt.integrations.attachment import Attachment
 from spanopt.scheduler import linear
 
@@ -182,16 +184,20 @@ def hf_run(way, model, text, folder, resume=None, **options):
         optimizer.detach()
     else:
         callback = HFCallback(SCALES, warm_up if way == "schedule" else None)
-        before = snapshot(model)
         trainer = hf_trainer(model, text, folder, [callback, noting], **options)
         trainer.train(resume_from_checkpoint=resume)
         assert callback.hooks is None
-        assert [*map(hooks_of, before.values())] == [*map(hooks_of, snapshot(model).values())]
+        assert not spanopt_hooks(model)
     return noting.history
 
 
-def hooks_of(module):
-    return {name: value for name, value in module.items() if name.startswith("_forward")}
+def spanopt_hooks(model):
+    return [
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if type(hook).__module__.startswith("spanopt")
+    ]
 
 
 @pytest.mark.parametrize("way", ["optimizer", "constant", "schedule"])
@@ -263,8 +269,8 @@ def test_hf_callbacks_that_are_made_anew_keep_their_scales_but_need_their_schedu
     if schedule is not None:
         with pytest.raises(ValueError, match="pass schedule= again"):
             trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
-        with attach(model):  # no hooks were left
-            return
+        assert not spanopt_hooks(model)
+        return
     trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
     assert_same(noting.history[-1], gpt2_history["constant"][-1])
 
@@ -291,26 +297,26 @@ def test_an_exception_in_an_hf_run_leaves_no_hooks_for_good(managed, text, gpt2_
     if managed:
         with pytest.raises(KeyboardInterrupt), callback:
             trainer.train()
-        attach(model).remove()
+        assert not spanopt_hooks(model)
     else:
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
-        with pytest.raises(ValueError, match="scaled already"):
-            attach(model)
+        assert spanopt_hooks(model)
         # The next run begins anew, with the schedule at its start.
         failing.on, trainer.optimizer = False, None
         model.load_state_dict(start)
         noting.history.clear()
         trainer.train()
         assert_same(noting.history[-1], gpt2_history["schedule"][-1])
-        attach(model).remove()
+        assert not spanopt_hooks(model)
 
 
 def test_a_dropped_hf_callback_leaves_the_model_clean():
     model, callback = gpt2(), HFCallback(SCALES)
     callback.on_train_begin(None, hf.TrainerState(), hf.TrainerControl(), model=model)
+    assert spanopt_hooks(model)
     del callback
-    attach(model).remove()
+    assert not spanopt_hooks(model)
 
 
 @pytest.mark.parametrize("way", ["optimizer", "constant"])
@@ -463,8 +469,8 @@ def pl_trainer(module, folder, callbacks=(), **options):
             enable_model_summary=False,
             enable_checkpointing=bool(callbacks),
             callbacks=[*callbacks],
-            **{"max_epochs": EPOCHS, **(automatic if module.automatic_optimization else {})},
-            **options,
+            **(automatic if module.automatic_optimization else {}),
+            **{"max_epochs": EPOCHS, **options},
         )
 
 
@@ -476,12 +482,11 @@ def pl_run(way, mode, model, text, folder, resume=None):
     if way != "optimizer":
         callback = PLCallback(SCALES, half_of if way == "schedule" else None)
         callbacks.append(callback)
-    before = snapshot(model)
     trainer = pl_trainer(module, folder, callbacks)
     trainer.fit(module, DataLoader(text, batch_size=BATCH), ckpt_path=resume)
     if way != "optimizer":
         assert callback.hooks is None
-        assert [*map(hooks_of, before.values())] == [*map(hooks_of, snapshot(model).values())]
+        assert not spanopt_hooks(model)
     return module.history
 
 
@@ -505,3 +510,147 @@ def test_lightning_trains_and_resumes_as_a_loop_on_the_oracle_does(
     assert (len(history), len(again)) == (STEPS, STEPS - half)
     for actual, step in zip(history + again, expected + expected[half:], strict=True):
         assert_same(actual, step)
+
+
+def test_an_exception_in_a_lightning_run_leaves_no_hooks(text, tmp_path):
+    class Failing(Module):
+        def on_train_batch_end(self, outputs, batch, index):
+            assert spanopt_hooks(self)
+            raise KeyboardInterrupt if self.interrupted else OSError
+
+    for interrupted, error in ((False, OSError), (True, SystemExit)):
+        module = Failing(decoder())
+        module.interrupted = interrupted
+        trainer = pl_trainer(module, tmp_path, [PLCallback(SCALES)])
+        with pytest.raises(error):
+            trainer.fit(module, DataLoader(text, batch_size=BATCH))
+        assert not spanopt_hooks(module)
+
+
+@pytest.mark.parametrize("mode", ["automatic", "manual"])
+@pytest.mark.parametrize("way", ["optimizer", "constant"])
+def test_a_layer_that_was_not_seen_stops_a_lightning_run_before_anything_is_updated(
+    way, mode, text, tmp_path
+):
+    class Skipping(Module):
+        def on_train_batch_start(self, batch, index):
+            if index == 2 * ACCUMULATE:
+                self.before = parameters(self.model)
+                self.model.blocks[1]["attn"].forward = lambda x: x
+
+    module = Skipping(decoder(), way == "optimizer", mode == "manual")
+    callbacks = [] if way == "optimizer" else [PLCallback(SCALES)]
+    with pytest.raises(UnscaledLayerError, match=r"'(model\.)?blocks\.1\.attn'"):
+        pl_trainer(module, tmp_path, callbacks).fit(module, DataLoader(text, batch_size=BATCH))
+    assert_same(parameters(module.model), module.before)
+
+
+def test_a_lightning_checkpoint_with_a_schedule_is_not_resumed_without(text, tmp_path):
+    trainer = pl_trainer(module := Module(decoder()), tmp_path, [PLCallback(SCALES, half_of)])
+    trainer.fit(module, loader := DataLoader(text, batch_size=BATCH))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")  # knows the state of the run that ended
+    trainer = pl_trainer(module, tmp_path, [PLCallback(SCALES)], max_epochs=EPOCHS + 1)
+    with pytest.raises(ValueError, match="pass schedule= again"):
+        trainer.fit(module, loader, ckpt_path=tmp_path / "end.ckpt")
+    assert not spanopt_hooks(module)
+
+
+def test_a_lightning_checkpoint_that_was_validated_leaves_the_next_run_alone(text, tmp_path):
+    class Validated(Module):
+        def validation_step(self, batch, index):
+            assert not spanopt_hooks(self)
+            self.log("loss", decoder_loss(self.model, batch))
+
+    module, loader = Validated(decoder()), DataLoader(text, batch_size=BATCH)
+    callback = PLCallback({"*": (7.0, 7.0)})
+    trainer = pl_trainer(module, tmp_path, [callback])
+    trainer.fit(module, loader)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    callback = PLCallback(SCALES)
+    trainer = pl_trainer(module, tmp_path, [callback], limit_train_batches=2, limit_val_batches=1)
+    trainer.validate(module, loader, ckpt_path=tmp_path / "end.ckpt")
+    trainer.fit(module, loader)
+    assert callback.state_dict()["span_groups"][0]["query"] == [*PAIRS["query"]]
+
+
+def test_the_lightning_callback_takes_one_optimizer_and_says_what_to_do_with_more(text, tmp_path):
+    class Two(Module):
+        def configure_optimizers(self):
+            return [AdamW(block.parameters()) for block in self.model.blocks]
+
+    module = Two(decoder(), manual=True)
+    with pytest.raises(ValueError, match="got 2: wrap each in a SpanScaledOptimizer"):
+        pl_trainer(module, tmp_path, [PLCallback(SCALES)]).fit(module, DataLoader(text))
+
+
+# The callbacks as code.
+
+
+@pytest.mark.parametrize("cls", [HFCallback, PLCallback, Attachment])
+def test_every_public_name_of_the_integrations_has_a_docstring_with_an_example(cls):
+    members = [member for name, member in vars(cls).items() if not name.startswith("_")]
+    for value in (cls, *filter(inspect.isfunction, members)):
+        assert ">>> " in (inspect.getdoc(value) or ""), value
+    assert all(inspect.getdoc(value) for value in members if isinstance(value, property))
+
+
+EXAMPLES = {
+    "accelerate_loop": (("4", "6"), "step 5: loss"),
+    "hf_trainer": (("10", "12"), "checkpoint-10: loss"),
+    "lightning_module": (("1", "2"), "step 40: loss"),
+}
+# All in one process, which imports the frameworks once.
+RUN = """
+import runpy, sys
+import spanopt, spanopt.integrations
+print({"transformers", "lightning", "accelerate"} & set(sys.modules))
+for line in sys.argv[1:]:
+    sys.argv = line.splitlines()
+    print("==", sys.argv[1], flush=True)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """Run each example, and again from its checkpoint; return what came before and what of each."""
+    folder = tmp_path_factory.mktemp("examples")
+    lines = [
+        "\n".join([str(ROOT / "examples" / f"{name}.py"), name, amount])
+        for name, (amounts, _) in EXAMPLES.items()
+        for amount in amounts
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", RUN, *lines]
+    run = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    first, *parts = run.stdout.split("== ")
+    return first, {name: text for name, _, text in (part.partition("\n") for part in parts)}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs_and_goes_on_from_its_checkpoint(name, printed):
+    assert EXAMPLES[name][1] in printed[1][name]
+    assert len((ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_importing_spanopt_imports_no_framework(printed):
+    assert printed[0] == "set()\n"
+
+
+def test_what_lightning_puts_before_the_wrapper_saves_loads_and_detaches_as_it():
+    model = nn.MultiheadAttention(8, 2)
+    optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    front = LightningOptimizer(optimizer)
+    fired = []
+    optimizer.register_state_dict_post_hook(lambda optimizer, state: fired.append(optimizer))
+    state = front.state_dict()
+    assert state == optimizer.state_dict()
+    assert [group["name"] for group in state["span_groups"]] == [""]
+    assert len(fired) == 2
+    front.load_state_dict(state)
+    assert front.detach() is optimizer.optimizer
+    assert "detached" in repr(optimizer)
+    assert not model._forward_hooks

@@ -27,9 +27,10 @@ class SpanScaledCallback(Callback):
     Args:
         scales: As in :class:`~spanopt.SpanScaledOptimizer`; names of layers are those in the
             ``LightningModule``.
-        schedule: From the number of optimizer steps in the run (``estimated_stepping_batches``) to
-            a schedule, or schedules by layer, of a :class:`~spanopt.SpanScheduler`. It takes a step
-            with the optimizer.
+        schedule: From the number of optimizer steps in the run to a schedule, or schedules by
+            layer, of a :class:`~spanopt.SpanScheduler`. It takes a step with the optimizer. The
+            number is ``estimated_stepping_batches``, which in manual optimization takes a batch for
+            a step.
         ridge: As in :func:`~spanopt.project`.
         on_missing: What to do when a layer that was asked for was not scaled since the last
             optimizer step: ``"error"``, before anything is updated, ``"warn"`` or ``"ignore"``.
