@@ -21,7 +21,14 @@ from torch import Tensor
 
 from spanopt.shards import Spread
 
-__all__ = ["decompose", "default_ridge", "project", "rescale", "rescale_by_document"]
+__all__ = [
+    "decompose",
+    "default_ridge",
+    "orthonormal",
+    "project",
+    "rescale",
+    "rescale_by_document",
+]
 
 
 def project(
@@ -65,6 +72,44 @@ def project(
     """
     _check(basis, x, ridge, mask)
     return _project(basis, x, ridge, mask).to(x.dtype)
+
+
+def orthonormal(basis: Tensor, *, ridge: float | None = None, mask: Tensor | None = None) -> Tensor:
+    """Return a basis of the same column space with near-orthonormal columns.
+
+    Args:
+        basis: Q, as in :func:`project`.
+        ridge: Likewise.
+        mask: Likewise.
+
+    Returns:
+        U, shaped like ``basis``, in the dtype that is computed in, with ``U U^T = P``. Where Q is
+        rank-deficient its columns span no more than Q's, and those of null directions are short.
+
+    Raises:
+        TypeError: As in :func:`project`.
+        ValueError: As in :func:`project`.
+
+    Example:
+        >>> import torch
+        >>> orthonormal(torch.tensor([[3.0], [4.0]])).round(decimals=4).squeeze(-1)
+        tensor([0.6000, 0.8000])
+    """
+    _check(basis, basis, ridge, mask)
+    dtype = _compute_dtype(basis.dtype)
+    if basis.numel() == 0:
+        return torch.zeros_like(basis, dtype=dtype)
+    q = basis.detach().to(dtype).reshape(-1, *basis.shape[-2:])
+    if mask is not None:
+        q = torch.where(mask.expand(basis.shape[:-1]).reshape(len(q), -1, 1), q, 0)
+    identity = torch.eye(q.shape[-1], dtype=dtype, device=q.device)
+    identity = identity.expand(q.shape[0], -1, -1).contiguous()
+    with _full_precision(basis.device.type):
+        ridge = max(default_ridge(dtype), ridge or 0.0)
+        whitened, gram, failed = _whiten(q, ridge, identity, None)
+        inverse, failed_again = _inverse_factor(gram, identity)
+        failed = (failed + failed_again)[:, None, None] > 0
+        return torch.where(failed, torch.nan, whitened @ inverse).reshape(basis.shape)
 
 
 def decompose(

@@ -23,8 +23,9 @@ Schedule: TypeAlias = Callable[[int], "float | ScaleLike"]
 class SpanScheduler:
     """Move the scales of a wrapped optimizer from step to step.
 
-    Scales are set at once for step 0, and by each :meth:`step` for the next. The scales that a
-    strength refers to are those at the time this is made.
+    Scales are set at once for step 0, and by each :meth:`step` for the next. The layers, and the
+    scales that a strength refers to, are those at the time this is made: a layer that comes to the
+    model later needs a scheduler of its own.
 
     Args:
         optimizer: A :class:`~spanopt.SpanScaledOptimizer`, or the :class:`~spanopt.SpanHooks` of
@@ -66,8 +67,8 @@ class SpanScheduler:
         self._base = {name: base[name] for name in self._schedules}
         self._step = 0
         scales = self._scales_at(0)
-        self._hooks.hold(self._schedules)
         self._hooks.set_scales(scales)
+        self._hooks.hold(self._schedules)
 
     def step(self) -> None:
         """Set the scales for the next step; to be called after the optimizer's.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import types
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -58,18 +59,23 @@ def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any
     queries, keys = (tokens or Tokens() for tokens in tap.given() or (None, None))
     keys = appended(keys, (bound["bias_k"] is not None) + bool(bound["add_zero_attn"]))
     same = query is key or (query.shape == key.shape and tap.is_self_attention(query, key))
-    return _forward(
-        *tap.query, *tap.key, *queries, *keys, same, tap.site.name, heads, *args, **kwargs
-    )
+    values = (*tap.query, *tap.key, *queries, *keys, same, tap.site.name, heads)
+    if tap.checkpoints:
+        return _forward_keeping(tap.keeping, *values, *args, **kwargs)
+    return _forward(*values, *args, **kwargs)
 
 
 @torch.compiler.allow_in_graph
 def _forward(*args: Any, **kwargs: Any) -> Any:
+    return _forward_keeping(nullcontext, *args, **kwargs)
+
+
+def _forward_keeping(keeping: Any, *args: Any, **kwargs: Any) -> Any:
     # torch.compile takes tensors and numbers across this border, so all comes unpacked.
     scales = SideScale(*args[:3]), SideScale(*args[3:6])
     given = Tokens(*args[6:8]), Tokens(*args[8:10])
     self_attention, layer, heads, *rest = args[10:]
-    with _ScoreProduct(scales, given, self_attention, layer, heads):
+    with _ScoreProduct(scales, given, self_attention, layer, heads, keeping):
         return _transparent(*rest, **kwargs)
 
 
@@ -83,6 +89,7 @@ class _ScoreProduct(TorchFunctionMode):
         self_attention: bool,
         layer: str,
         heads: int,
+        keeping: Any,
     ) -> None:
         super().__init__()
         self.query, self.key = scales
@@ -90,6 +97,7 @@ class _ScoreProduct(TorchFunctionMode):
         self.self_attention = self_attention
         self.layer = layer
         self.heads = heads
+        self.keeping = keeping
         self.done = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -123,7 +131,8 @@ class _ScoreProduct(TorchFunctionMode):
             given=self.given,
             layer=self.layer,
         )
-        return self.query.on(query, *queries), self.key.on(key, *keys)
+        with self.keeping():
+            return self.query.on(query, *queries), self.key.on(key, *keys)
 
 
 HANDLERS = {"multi_head_attention_forward": _multi_head_attention_forward}

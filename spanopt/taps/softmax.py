@@ -413,7 +413,7 @@ def _cat(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
 def _softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     scores = _scores(tap, args[0]) if args else None
     if scores is None:
-        if tap.multiplied:
+        if tap.multiplied and args and tap.streams().may_be_of_scores(args[0]):
             tap.lost = True
         return func(*args, **kwargs)
     if not scores.products:

@@ -20,6 +20,12 @@ _OF_SCORES = 1  # the bits of inputs come after it
 
 # Functions that take nothing but shape and type from their second argument, or from any.
 _SHAPED_AS = frozenset({"expand_as", "view_as", "reshape_as", "type_as", "to", "broadcast_to"})
+# Functions of a constant and a parameter whose result is no longer that parameter.
+_PRODUCTS = frozenset(
+    {"linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum"}
+    | {"addmm", "baddbmm", "tensordot", "conv1d", "conv2d", "conv3d"}
+)
+_SEVERAL = "parameters"
 _NEW = frozenset(
     f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
 ) | frozenset({"new", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"})
@@ -42,7 +48,7 @@ class Streams:
             if requires_grad or not any(trained)
         )
         self._notes: Notes[int] = Notes()
-        self._weights: Notes[nn.Parameter] = Notes()
+        self._made: Notes[nn.Parameter | str] = Notes()
 
     def of(self, x: Tensor) -> int:
         """Return the inputs that a tensor was computed from, a bit for each."""
@@ -58,24 +64,35 @@ class Streams:
         """Return whether a tensor was computed from a product of activations."""
         return bool(self._bits(x) & _OF_SCORES)
 
+    def may_be_of_scores(self, x: Any) -> bool:
+        """Return whether a tensor was, or for all that is known could be, computed from one."""
+        return isinstance(x, Tensor) and (self.is_of_scores(x) or not self._bits(x))
+
     def note_scores(self, x: Tensor) -> None:
         """Note that a tensor is a product of activations."""
         self._notes[x] = self._bits(x) | _OF_SCORES
 
     def is_weight(self, x: Tensor) -> bool:
         """Return whether a tensor is a parameter, or that parameter normalised, cast and so on."""
-        return self._weight(x) is not None
+        return isinstance(self._made_of(x), nn.Parameter)
 
-    def _weight(self, x: Tensor) -> nn.Parameter | None:
-        return x if isinstance(x, nn.Parameter) else self._weights.of(x)
+    def _made_of(self, x: Tensor) -> nn.Parameter | str | None:
+        """Return what a tensor was computed from, if it is a parameter or several and no input."""
+        return x if isinstance(x, nn.Parameter) else self._made.of(x)
 
     def are_one(self, x: Tensor, y: Tensor) -> bool:
         """Return whether two tensors were computed from the same inputs."""
-        bits = (self.of(x), self.of(y))
-        # Dynamo shows no properties, such as the transpose k.mT: with one input it is of that.
-        if torch.compiler.is_compiling() and len(self._inputs) == 1:
-            bits = (bits[0] or bits[1], bits[1] or bits[0])
+        bits = [self._stream(x), self._stream(y)]
+        if not any(bits):  # neither is of what has a gradient
+            bits = [self._bits(x) & ~_OF_SCORES, self._bits(y) & ~_OF_SCORES]
         return bits[0] != 0 and bits[0] == bits[1]
+
+    def _stream(self, x: Tensor) -> int:
+        # The result of a function that is not seen, such as an autograd.Function or, compiled, a
+        # property like k.mT: with one input it is of that.
+        if len(self._inputs) == 1 and x.requires_grad and not self._bits(x):
+            return 0 if self._made_of(x) is not None else self._streams
+        return self.of(x)
 
     def follow(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
         """Note what the result of a call of a function of this name was computed from."""
@@ -86,28 +103,29 @@ class Streams:
         for x in given:
             bits |= self._bits(x)
         if not bits:
-            self._follow_weight(result, given)
+            self._follow_parameters(name, result, given)
             return
         # Without a result it is an assignment to a part of the first argument.
         for x in _tensors_in(args[:1] if result is None else result):
             if not any(x is stream for stream in self._inputs):
                 self._notes[x] = bits | (self._bits(x) & _OF_SCORES)
 
-    def _follow_weight(self, result: Any, given: list[Tensor]) -> None:
-        # Beside what is trained a scale, a mask or noise may be there; indices would be a lookup.
-        constants = [x for x in given if not x.requires_grad and self._weight(x) is None]
-        weights = [self._weight(x) for x in given if not any(x is other for other in constants)]
-        weight = weights[0] if weights else None
-        if weight is None or any(other is not weight for other in weights):
+    def _follow_parameters(self, name: str, result: Any, given: list[Tensor]) -> None:
+        constants = [x for x in given if not x.requires_grad and self._made_of(x) is None]
+        made = [self._made_of(x) for x in given if not any(x is other for other in constants)]
+        if not made or any(of is None for of in made):
             return
-        if all(x.is_floating_point() or x.dtype == torch.bool for x in constants):
-            for x in _tensors_in(result):
-                self._weights[x] = weight
+        # Beside a weight a scale, a mask or noise may be there; indices would be a lookup.
+        kept = all(x.is_floating_point() or x.dtype == torch.bool for x in constants)
+        if any(of is not made[0] for of in made) or not kept or (constants and name in _PRODUCTS):
+            made[0] = _SEVERAL
+        for x in _tensors_in(result):
+            self._made[x] = made[0]  # type: ignore[assignment]
 
     def close(self) -> None:
         """Take what was noted off the tensors."""
         self._notes.close()
-        self._weights.close()
+        self._made.close()
 
 
 def _arguments(value: Any) -> list[Tensor]:

@@ -319,18 +319,19 @@ class Tap(TorchFunctionMode):
 
     def is_live(self) -> bool:
         """Whether the layer is running, so that calls are its own."""
-        self.checkpoints = False
+        self.checkpoints = live = False
         if torch.compiler.is_compiling() or self.removed:
             return not self.removed
+        checkpoints = False
         for name, owner in _forwards():
-            if hasattr(
-                owner, "compile_subgraph_reason"
-            ):  # its nodes were put in when it was traced
-                return False
-            if owner is self.site.module:
+            if not live and hasattr(owner, "compile_subgraph_reason"):
+                return False  # its nodes were put in when it was traced
+            live = live or owner is self.site.module
+            if owner is self.site.module and "_call_impl" in name:
+                self.checkpoints = checkpoints
                 return True
-            self.checkpoints = self.checkpoints or name == "checkpoint"
-        return False
+            checkpoints = checkpoints or name == "checkpoint"
+        return live
 
     def keeping(self) -> AbstractContextManager[Any]:
         """Return a context for making nodes, in which they keep themselves what they save.
