@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -73,13 +74,12 @@ class SpanHooks:
         self._groups: list[SpanGroup] = []
         self._taps: list[Tap] = []
         self._shields: list[Tap] = []
-        self._handles: list[Any] = []
-        self._modules: list[nn.Module] = []
+        self._handles: dict[Tap | None, list[Any]] = {None: []}
         self._ridge = ridge
         self._on_missing = on_missing
         if root is not None and on_missing == "error":
             _drop_inert(root)
-            self._handles.append(root.register_forward_hook(_CheckCalled(self._taps)))
+            self._handles[None].append(root.register_forward_hook(_CheckCalled(self._taps)))
 
     def add(self, plan: Plan) -> None:
         """Install the taps of further layers.
@@ -128,7 +128,7 @@ class SpanHooks:
         module = tap.site.module
         _drop_inert(module)
         # Prepended, and the forward hook is called always: an exception leaves no mode entered.
-        self._handles += [
+        handles = self._handles[tap] = [
             module.register_forward_pre_hook(_Enter(tap), prepend=True, with_kwargs=True),
             module.register_forward_hook(_Leave(tap), always_call=True),
         ]
@@ -136,9 +136,39 @@ class SpanHooks:
             for projection in tap.projections:
                 _drop_inert(projection.module)
                 hook = _Output(tap, projection)
-                self._handles.append(projection.module.register_forward_hook(hook))
-        self._modules.append(module)
+                handles.append(projection.module.register_forward_hook(hook))
         _claimed.add(module)
+
+    def drop(self, modules: Iterable[nn.Module]) -> None:
+        """Take the taps off layers, as off those that are no longer in the model.
+
+        Args:
+            modules: The layers; others are passed over.
+
+        Example:
+            >>> from torch import nn
+            >>> model = nn.TransformerEncoderLayer(8, nhead=2)
+            >>> hooks = attach(model)
+            >>> hooks.drop([model.self_attn])
+            >>> hooks.unseen()
+            []
+        """
+        gone = set(modules)
+        for tap in [*self._taps, *self._shields]:
+            if tap.site.module not in gone:
+                continue
+            for handle in self._handles.pop(tap):
+                handle.remove()
+            tap.removed = True
+            _claimed.discard(tap.site.module)
+            if tap in self._shields:
+                self._shields.remove(tap)
+                continue
+            index = self._taps.index(tap)
+            for of_each in (self._taps, self.groups, self._groups):
+                del of_each[index]
+        self.sites = [site for site in self.sites if site.module not in gone]
+        remove_stale()
 
     def unseen(self) -> list[str]:
         """Return the scaled layers whose Q and K were not seen since :meth:`forget`.
@@ -354,14 +384,14 @@ class SpanHooks:
             >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2))
             >>> hooks.remove()
         """
-        for handle in self._handles:
+        for handle in itertools.chain(*self._handles.values()):
             handle.remove()
-        self._handles.clear()
+        self._handles = {None: []}
         for tap in (*self._taps, *self._shields):
-            tap.removed = True
+            if not tap.removed:  # another attachment may have the layer by now
+                tap.removed = True
+                _claimed.discard(tap.site.module)
         remove_stale()
-        _claimed.difference_update(self._modules)
-        self._modules.clear()
 
     def __enter__(self) -> SpanHooks:
         return self
@@ -470,7 +500,8 @@ def plan(
         scales: Likewise.
         projections: Likewise.
         parameters: Likewise.
-        hooks: Hooks whose layers are left out, for those that came to the model later.
+        hooks: Hooks whose layers are left out, and with them those that are not trained yet, for
+            layers that came to the model later.
 
     Returns:
         The plan.
@@ -484,7 +515,7 @@ def plan(
         {'self_attn': SpanScale(parallel=2.0, violation=1.0, query=None, key=None)}
     """
     sites, projected = _project_sites(model, find_attention(model), projections or {})
-    if not sites:
+    if not sites and hooks is None:
         raise ValueError(
             f"no attention layer found in {type(model).__name__}. Looked for "
             "nn.MultiheadAttention, for code that calls torch.nn.functional."
@@ -492,17 +523,43 @@ def plan(
             f"modules that own a query and a key projection (q_proj and k_proj, to_q and to_kv, "
             f"qkv, ...). {_BY_HAND}"
         )
-    resolved = resolve_scales(scales, [site.name for site in sites])
+    before = [] if hooks is None else hooks.sites  # by their keys too, when they are gone by now
+    names = {site.name: None for site in (*sites, *before)}
+    resolved = resolve_scales(scales, list(names))
     for site in sites:  # a layer that is asked for by name is attention
         site.certain = site.certain or (isinstance(scales, Mapping) and site.name in scales)
     if hooks is not None:
-        hooked = [site.module for site in hooks.sites]
-        sites = [site for site in sites if not any(site.module is other for other in hooked)]
+        sites = _new_sites(model, sites, before, parameters)
     scaled = [site for site in sites if resolved[site.name] is not None]
     _check_unclaimed(scaled)
     if parameters is not None:
         _check_trained([site for site in scaled if site.certain], parameters)
     return Plan(sites, resolved, projected)
+
+
+def _new_sites(
+    model: nn.Module,
+    sites: Sequence[AttentionSite],
+    hooked: Sequence[AttentionSite],
+    parameters: Iterable[Tensor] | None,
+) -> list[AttentionSite]:
+    """Return the sites that are not hooked yet and whose parameters are trained by now."""
+    trained = set(map(id, parameters or ()))
+    old = {site.module for site in hooked}
+    new = []
+    for site in sites:
+        trainable = {id(p) for p in site.module.parameters() if p.requires_grad}
+        if site.module not in old and (not trainable or trainable & trained):
+            new.append(site)
+    present = old & set(model.modules())
+    names = {site.name for site in hooked if site.module in present}
+    for site in new:
+        if site.name in names:
+            raise ValueError(
+                f"a new layer is named {site.name!r}, as one that is scaled already was: the names "
+                "of the model's layers have changed; detach() the optimizer and wrap it again"
+            )
+    return new
 
 
 def table(hooks: SpanHooks) -> str:
@@ -578,12 +635,12 @@ class _Hook:
 
 class _Enter(_Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if _is_exporting():
+            raise RuntimeError(
+                f"layer {self.tap.site.name!r} is hooked by spanopt, which an exported program "
+                "would silently lose: detach() the optimizer or remove() the hooks first"
+            )
         if torch.is_grad_enabled() or thread.probing:
-            if _is_exporting():
-                raise RuntimeError(
-                    f"layer {self.tap.site.name!r} is hooked by spanopt, which an exported program "
-                    "would silently lose: detach() the optimizer or remove() the hooks first"
-                )
             self.tap.enter((args, kwargs))
         elif not torch.compiler.is_compiling():
             self.tap.pass_by()

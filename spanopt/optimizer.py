@@ -275,14 +275,16 @@ class SpanScaledOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the wrapped optimizer.
 
-        Attention layers that the model has got since it was wrapped are scaled from now on, as
-        ``scales`` says.
+        Attention layers that the model has got since it was wrapped, and whose parameters are in
+        the optimizer by now, are scaled from now on, as ``scales`` says. Those that it has no more
+        are let go.
 
         Args:
             param_group: As in ``torch.optim.Optimizer.add_param_group``.
 
         Raises:
-            ValueError: As at wrapping, for the new layers. Nothing is added then.
+            ValueError: As at wrapping, for the new layers; or their names are those of other layers
+                that are scaled. Nothing is added then.
 
         Example:
             >>> import torch
@@ -293,19 +295,29 @@ class SpanScaledOptimizer(Optimizer):
             2
         """
         if self._attached:
-            parameters = param_group["params"]
-            if not isinstance(parameters, Tensor):
-                parameters = param_group["params"] = list(parameters)
-            new = [parameters] if isinstance(parameters, Tensor) else parameters
+            given: Any = param_group["params"]
+            if not isinstance(given, (Tensor, set)):
+                given = param_group["params"] = list(given)
+            new = [given] if isinstance(given, Tensor) else list(given)
             planned = plan(
                 self.model,
                 self._scales,
                 self._projections,
-                parameters=[*self._parameters(), *new],
+                # Parameters may come with their names.
+                parameters=[
+                    *self._parameters(),
+                    *(x[1] if isinstance(x, tuple) else x for x in new),
+                ],
                 hooks=self.hooks,
             )
-            self.optimizer.add_param_group(param_group)
             self.hooks.add(planned)
+            try:
+                self.optimizer.add_param_group(param_group)
+            except BaseException:
+                self.hooks.drop(site.module for site in planned.sites)
+                raise
+            present = set(self.model.modules())
+            self.hooks.drop(s.module for s in [*self.hooks.sites] if s.module not in present)
         else:
             self.optimizer.add_param_group(param_group)
 
@@ -379,10 +391,10 @@ class SpanScaledOptimizer(Optimizer):
             for name, value in (("state", state), ("param_groups", param_groups)):
                 if getattr(self.optimizer, name) is not value:
                     setattr(self.optimizer, name, value)
-            if isinstance(error, KeyError):
+            if isinstance(error, (KeyError, TypeError, AttributeError)):
                 raise ValueError(
-                    f"not a state dict of {type(self.optimizer).__name__}: it has no {error}, only "
-                    f"{sorted(map(str, state_dict))}"
+                    f"not a state dict of {type(self.optimizer).__name__}, but one of "
+                    f"{sorted(map(str, state_dict))}: {type(error).__name__}: {error}"
                 ) from error
             raise
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -420,6 +432,10 @@ class SpanScaledOptimizer(Optimizer):
 
     def _check_described(self, saved: Any) -> None:
         here = self._described()
+        try:
+            saved = [[(str(name), list(shape)) for name, shape in group] for group in saved]
+        except (TypeError, ValueError) as error:
+            raise ValueError("'span_parameters' is not what state_dict() saves") from error
         # By position, as the optimizer loads: names change with wrappers of the model.
         shapes, own = ([[x[1] for x in group] for group in groups] for groups in (saved, here))
         if shapes == own:

@@ -520,3 +520,8 @@ def test_per_head_values_for_a_query_without_a_head_dimension_are_refused():
         hooks.sites[0].module(x)
     with attach(Flat()) as hooks:
         hooks.sites[0].module(x).sum().backward()
+
+
+def test_export_without_gradients_is_refused_too(model, x):
+    with attach(model), torch.no_grad(), pytest.raises(Exception, match="an exported program"):
+        torch.export.export(model, (x,))

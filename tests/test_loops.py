@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import Decoder, gradients, loss_of, tokens
+from models import Decoder, ScoreAttention, gradients, loss_of, tokens
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -268,18 +268,19 @@ def test_layers_that_come_with_add_param_group_are_scaled_as_the_patterns_say(co
     assert len(optimizer.state_dict()["span_groups"]) == 2
 
 
-def test_a_new_layer_that_can_not_be_scaled_adds_nothing():
+def test_a_new_layer_is_scaled_once_its_parameters_are_trained_and_not_after_detaching():
     model = Growing().double()
     optimizer = SpanScaledOptimizer(AdamW(model.parameters(), lr=1e-2), model)
     model.grow()
     other = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"layer 'blocks.2.attn' is to be scaled, but none of"):
-        optimizer.add_param_group({"params": other.parameters()})
-    assert len(optimizer.param_groups) == 1
-    assert len(optimizer.span_groups) == 2
-    detached = optimizer.detach()
     optimizer.add_param_group({"params": other.weight})
-    assert detached.param_groups[1]["params"] == [other.weight]
+    assert len(optimizer.span_groups) == 2
+    optimizer.add_param_group({"params": model.blocks[2].parameters()})
+    assert len(optimizer.span_groups) == 3
+    detached = optimizer.detach()
+    optimizer.add_param_group({"params": other.bias})
+    assert detached.param_groups[-1]["params"] == [other.bias]
+    assert optimizer.span_groups == []
 
 
 def test_a_layer_that_is_frozen_is_no_missed_one_and_one_that_is_skipped_is():
@@ -472,3 +473,117 @@ def test_checkpointing_keeps_as_little_as_without_the_wrapper(reentrant):
         assert saved_bytes(model, batch) == plain
     model.how = ("nowhere", False)
     assert saved_bytes(model, batch) > plain
+
+
+def test_new_layers_may_come_one_group_at_a_time_and_with_names():
+    model = Growing().double()
+    bare = AdamW(model.named_parameters(), lr=1e-2)
+    optimizer = SpanScaledOptimizer(bare, model, {"*": (2.0, 0.5)})
+    model.grow()
+    model.grow()
+    for i in (2, 3):
+        optimizer.add_param_group({"params": model.blocks[i].named_parameters(), "lr": 0.1**i})
+        assert len(optimizer.span_groups) == i + 1
+    accumulate(model, optimizer)
+    with pytest.raises(TypeError, match="ordered"):
+        optimizer.add_param_group({"params": set(nn.Linear(2, 2).parameters())})
+
+
+def test_a_layer_that_was_replaced_or_removed_is_let_go():
+    model = Growing(layers=3).double()
+    given = {"blocks.*": (2.0, 0.5), "blocks.2.attn": (3.0, 1.0)}
+    optimizer = SpanScaledOptimizer(AdamW(model.parameters(), lr=1e-2), model, given)
+    del model.blocks[2]
+    old, model.blocks[1] = model.blocks[1], Decoder(layers=1).double().blocks[0]
+    optimizer.add_param_group({"params": model.blocks[1].parameters()})
+    assert [group["name"] for group in optimizer.span_groups] == ["blocks.0.attn", "blocks.1.attn"]
+    assert not old["attn"]._forward_hooks
+    accumulate(model, optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    SpanScaledOptimizer(AdamW(old.parameters()), old).detach()
+
+
+REFUSED = {
+    "another number of heads": (
+        lambda model: model.blocks.append(Decoder(heads=2, layers=1).blocks[0]),
+        {"*": SpanScale([2.0, 1.0, 3.0, 1.0])},
+        "4 per-head values",
+    ),
+    "a name that was another's": (
+        lambda model: model.blocks.insert(0, Decoder(layers=1).blocks[0]),
+        {"*": (2.0, 1.0)},
+        "a new layer is named 'blocks.0.attn', as one that is scaled already was",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "given", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_group_that_is_refused_adds_nothing(change, given, message):
+    model = Growing()
+    model.blocks = nn.ModuleList(
+        nn.ModuleDict({"norm": b["norm"], "attn": nn.MultiheadAttention(16, 4), "mlp": b["mlp"]})
+        for b in model.blocks
+    )
+    optimizer = SpanScaledOptimizer(AdamW(model.parameters(), lr=1e-2), model, given)
+    change(model)
+    heads = 2 if "heads" in message or "per-head" in message else 4
+    index = len(model.blocks) - 1 if heads == 2 else 0
+    model.blocks[index]["attn"] = nn.MultiheadAttention(16, heads)
+    parameters = list(model.blocks[index].parameters())
+    before = len(optimizer.param_groups), optimizer.hooks.state_dict()
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": parameters})
+    assert (len(optimizer.param_groups), optimizer.hooks.state_dict()) == before
+    assert not model.blocks[index]["attn"]._forward_hooks
+
+
+def test_a_group_that_the_wrapped_optimizer_refuses_installs_nothing():
+    model = Growing().double()
+    optimizer = SpanScaledOptimizer(AdamW(model.parameters(), lr=1e-2), model)
+    new = model.grow()
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [*new, model.head.weight]})
+    assert len(optimizer.span_groups) == 2
+    assert not model.blocks[2]["attn"]._forward_hooks
+    optimizer.add_param_group({"params": new})
+    assert len(optimizer.span_groups) == 3
+
+
+class Repeated(ScoreAttention):
+    """Checkpoints its own method, or that of its base class."""
+
+    def __init__(self, how, *args):
+        super().__init__(*args)
+        self.how = how
+
+    def _forward(self, x):
+        return ScoreAttention.forward(self, x)
+
+    def forward(self, x):
+        run = {"a method": self._forward, "super": super().forward}[self.how]
+        return checkpoint(run, x, use_reentrant=False)
+
+
+class RepeatedPacked(nn.MultiheadAttention):
+    def forward(self, x):
+        return checkpoint(super().forward, x, x, x, need_weights=False, use_reentrant=False)[0]
+
+
+@pytest.mark.parametrize("how", ["a method", "super", "packed"])
+def test_a_layer_that_checkpoints_its_own_forward_is_rescaled_once(how):
+    if how == "packed":
+        layer = RepeatedPacked(16, 4, batch_first=True).double()
+        plain = nn.MultiheadAttention(16, 4, batch_first=True).double()
+        once = lambda x: plain(x, x, x, need_weights=False)[0]  # noqa: E731
+    else:
+        layer, plain = Repeated(how).double(), ScoreAttention().double()
+        once = plain
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    with attach(plain, SpanScale(3.0, 0.5)):
+        expected = gradients(plain, once(x).pow(3).sum())
+    with attach(layer, SpanScale(3.0, 0.5)) as hooks:
+        actual = gradients(layer, layer(x).pow(3).sum())
+        assert not hooks.unseen()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12)

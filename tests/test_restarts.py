@@ -128,9 +128,13 @@ def with_groups(change):
 
 
 CORRUPT = {
-    "no state": (without("state"), "it has no 'state', only"),
-    "no groups": (without("param_groups"), "it has no 'param_groups', only"),
-    "a model's state dict": (lambda state: Decoder().state_dict(), "it has no '(state|param_g)"),
+    "no state": (without("state"), "not a state dict of AdamW, .*KeyError: 'state'"),
+    "no groups": (without("param_groups"), "not a state dict of AdamW, .*KeyError: 'param_groups'"),
+    "a model's state dict": (lambda state: Decoder().state_dict(), "not a state dict of AdamW"),
+    "None for groups": (lambda state: {**state, "param_groups": None}, "not a state dict of Adam"),
+    "None for state": (lambda state: {**state, "state": None}, "not a state dict of AdamW"),
+    "other parameters": (lambda state: {**state, "span_parameters": {"a": 1}}, "span_parameters"),
+    "a number of parameters": (lambda state: {**state, "span_parameters": 3}, "span_parameters"),
     "not finite": (
         with_groups(lambda groups: groups[1].update(parallel=float("nan"))),
         "scales in the checkpoint .* finite",

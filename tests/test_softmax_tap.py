@@ -1775,3 +1775,45 @@ def test_a_model_compiled_after_an_interrupted_forward_pass_is_scaled_once(compi
     _, actual = run(model, x)
     assert all(torch.equal(actual[name], plain[name]) for name in plain)
     assert_far(expected, plain)
+
+
+class OfABank(nn.Module):
+    """Keys of what is no parameter and has no gradient, projected without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.g = nn.Linear(H * D, H * D), nn.Linear(H * D, H * D, bias=False)
+        self.register_buffer("bank", torch.randn(M, H * D))
+
+    def forward(self, x, hook=None):
+        q, k = (split(y) for y in (self.f(x), self.g(self.bank).expand(len(x), -1, -1)))
+        if hook is not None:
+            q, k = hook(q, k)
+        return (q @ k.mT).softmax(-1)
+
+
+def test_keys_made_of_a_constant_are_keys():
+    check(OfABank().double(), tokens(), names=["f.weight", "g.weight"])
+
+
+class Experts(nn.Module):
+    """A mixture of experts with a softmax over the gates of each task."""
+
+    def __init__(self):
+        super().__init__()
+        self.gates = nn.ModuleList(nn.Linear(H * D, 3) for _ in range(2))
+        self.experts = nn.ModuleList(nn.Linear(H * D, 8) for _ in range(3))
+
+    def forward(self, x):
+        x = x.mean(1)
+        experts = torch.stack([expert(x) for expert in self.experts], 1)
+        mixed = [torch.bmm(gate(x).softmax(-1).unsqueeze(1), experts) for gate in self.gates]
+        return torch.cat(mixed, -1)
+
+
+def test_a_softmax_of_something_else_beside_a_product_makes_no_layer_attention():
+    attention = ByHand(WEIGHTS["q @ k.mT"])
+    model, (x, *_) = nn.Sequential(attention, Experts()).double(), both_inputs()
+    with attach(model, {"*": (2.0, 0.5)}) as hooks:
+        model(x).sum().backward()
+        hooks.check()

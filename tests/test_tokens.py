@@ -1248,3 +1248,67 @@ def test_rescaling_by_no_document_multiplies_by_the_violation():
     for index in (torch.empty(0, 4, dtype=torch.int64), torch.full((2, 3), 10)):
         actual = rescale_by_document(g, q, index, parallel=2.0, violation=0.5)
         torch.testing.assert_close(actual, 0.5 * g)
+
+
+class LearnedQueries(Attention):
+    """As many learned queries as there are tokens, which are no padding where those are."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(LENGTH, WIDTH))
+
+    def forward(self, x, mask):
+        return super().forward(self.queries.expand(len(x), -1, -1) * 1.0, mask, x)
+
+
+def test_learned_queries_are_no_padding_compiled_either(compiled):
+    model, x, real = LearnedQueries().double(), normal(3, LENGTH, WIDTH), padding()
+    every = everything(real)
+    with attach(model, SCALE):
+        with token_mask({"": (every, real)}):
+            expected = run(model, every, x, keys(real))
+        assert_close(run(model, every, x, keys(real)), expected, 1e-12)
+        assert_close(compiled(model, every, x, keys(real)), expected)
+
+
+class Remembering(Attention):
+    """Self-attention to what has no gradient, beside a memory that has one."""
+
+    def forward(self, x, mask, memory):
+        return super().forward(x, mask) + memory.mean(1, keepdim=True)
+
+
+def test_padding_in_self_attention_to_what_has_no_gradient():
+    model, x, real = Remembering().double(), normal(3, LENGTH, WIDTH), padding()
+    memory = normal(3, 4, WIDTH).requires_grad_()
+    with attach(model, SCALE):
+        with token_mask(real):
+            expected = run(model, real, x, keys(real), memory)
+        assert_close(run(model, real, x, keys(real), memory), expected, 1e-12)
+
+
+class _Unseen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.from_numpy(2.0 * x.numpy())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2.0 * grad
+
+
+class Kernel(Attention):
+    """Q and K go through a function whose code no mode sees."""
+
+    def project(self, x, context):
+        q, k, v = super().project(x, context)
+        return _Unseen.apply(q), _Unseen.apply(k), v
+
+
+def test_padding_is_found_in_self_attention_behind_a_function_that_is_not_seen():
+    model, x, real = Kernel().double(), normal(3, LENGTH, WIDTH), padding()
+    x.requires_grad_()
+    with attach(model, SCALE):
+        with token_mask(real):
+            expected = run(model, real, x, keys(real))
+        assert_close(run(model, real, x, keys(real)), expected, 1e-12)
