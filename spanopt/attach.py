@@ -8,14 +8,23 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from spanopt.node import Method
 from spanopt.projection import check_ridge
-from spanopt.scale import ScaleLike, SpanGroup, SpanScale, resolve_scales, scales_of
+from spanopt.scale import (
+    ScaleLike,
+    SpanGroup,
+    SpanScale,
+    matching,
+    resolve_scales,
+    scales_of,
+)
+from spanopt.setups import Setup, setup_name
 from spanopt.sites import AttentionSite, find_attention, is_inside, named_modules, unwrap
 from spanopt.taps import HANDLERS
 from spanopt.taps.projection import Projection, ProjectionTap, owns_projections, projections_of
@@ -68,14 +77,13 @@ class SpanHooks:
         0
     """
 
-    def __init__(self, ridge: float | None, on_missing: str, root: nn.Module | None = None) -> None:
+    def __init__(self, on_missing: str, root: nn.Module | None = None) -> None:
         self.sites: list[AttentionSite] = []
         self.groups: list[SpanGroup] = []
         self._groups: list[SpanGroup] = []
         self._taps: list[Tap] = []
         self._shields: list[Tap] = []
         self._handles: dict[Tap | None, list[Any]] = {None: []}
-        self._ridge = ridge
         self._on_missing = on_missing
         if root is not None and on_missing == "error":
             _drop_inert(root)
@@ -93,7 +101,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
-            >>> hooks = SpanHooks(ridge=None, on_missing="error")
+            >>> hooks = SpanHooks(on_missing="error")
             >>> hooks.add(plan(nn.TransformerEncoderLayer(8, nhead=2), {"*": (2.0, 1.0)}))
             >>> hooks.unseen()
             ['self_attn']
@@ -106,12 +114,13 @@ class SpanHooks:
             if scale is not None:
                 if site.name in plan.projections:
                     projections = plan.projections[site.name]
-                    taps.append(ProjectionTap(site, scale, self._ridge, projections))
+                    method = plan.methods[site.name]
+                    taps.append(ProjectionTap(site, scale, method, projections))
                 else:
-                    taps.append(Tap(site, scale, self._ridge, HANDLERS))
+                    taps.append(Tap(site, scale, plan.methods[site.name], HANDLERS))
             elif any(_contains(outer, site.module) for outer in scaled):
                 # Left alone, inside a layer that is scaled: a tap that does nothing shields it.
-                shields.append(Tap(site, SpanScale(1.0, 1.0), self._ridge, HANDLERS))
+                shields.append(Tap(site, SpanScale(1.0, 1.0), Method(), HANDLERS))
         for tap in (*taps, *shields):
             self._install(tap)
         for tap in taps:
@@ -412,6 +421,8 @@ def attach(
     projections: Mapping[str, Mapping[str, Any]] | None = None,
     example_inputs: Any = None,
     parameters: Iterable[Tensor] | None = None,
+    projection: ProjectionLike = "span",
+    preserve_norm: bool | Mapping[str, bool] = False,
 ) -> SpanHooks:
     """Rescale the attention gradients of a model by span, without an optimizer.
 
@@ -437,6 +448,10 @@ def attach(
             Random state and the values of buffers are restored after it.
         parameters: What will be trained. When given, a scaled layer that has trainable parameters
             and none of them here is an error.
+        projection: What counts as the parallel part: the name of a setup of :mod:`spanopt.setups`
+            or a function of that kind, for all layers or by layer name or pattern.
+        preserve_norm: Whether a rescaled gradient gets the norm of the given one, for each sequence
+            and head; likewise.
 
     Returns:
         The hooks.
@@ -456,9 +471,9 @@ def attach(
     """
     if on_missing not in _ON_MISSING:
         raise ValueError(f"on_missing must be one of {_ON_MISSING}, got {on_missing!r}")
-    check_ridge(ridge)
-    planned = plan(model, scales, projections, parameters=parameters)
-    hooks = SpanHooks(ridge, on_missing, unwrap(model))
+    rules = Rules(ridge, projection, preserve_norm)
+    planned = plan(model, scales, projections, rules=rules, parameters=parameters)
+    hooks = SpanHooks(on_missing, unwrap(model))
     try:
         hooks.add(planned)
         _let_compiled_code_notice_hooks()
@@ -470,6 +485,59 @@ def attach(
     return hooks
 
 
+ProjectionLike: TypeAlias = "str | Setup | Mapping[str, str | Setup]"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How gradients are rescaled, beside the scales: arguments of :func:`attach`.
+
+    Attributes:
+        ridge: As in :func:`attach`.
+        projection: Likewise.
+        preserve_norm: Likewise.
+    """
+
+    ridge: float | None = None
+    projection: ProjectionLike = "span"
+    preserve_norm: bool | Mapping[str, bool] = False
+
+    def of(self, names: Sequence[str]) -> dict[str, Method]:
+        """Give each layer its method.
+
+        Args:
+            names: Of the attention layers.
+
+        Raises:
+            TypeError: An argument of the wrong type.
+            ValueError: A key that matches no layer, or no such projection.
+
+        Example:
+            >>> Rules(projection={"a": "cross"}).of(["a", "b"])["a"].setup
+            'cross'
+        """
+        check_ridge(self.ridge)
+        setups = _per_layer(self.projection, names, "projection", setup_name, "span")
+        keep = _per_layer(self.preserve_norm, names, "preserve_norm", _flag, False)
+        return {name: Method(self.ridge, setups[name], keep[name]) for name in names}
+
+
+def _per_layer(
+    value: Any, names: Sequence[str], what: str, read: Callable[[Any], Any], default: Any
+) -> dict[str, Any]:
+    given = value if isinstance(value, Mapping) else {"*": value}
+    chosen = matching({key: read(one) for key, one in given.items()}, names, what)
+    return {name: chosen.get(name, default) for name in names}
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"preserve_norm is True or False, for all layers or by layer, got {value!r}"
+        )
+    return value
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which layers of a model to scale and how: from :func:`plan`, for :meth:`SpanHooks.add`.
@@ -477,11 +545,13 @@ class Plan:
     Attributes:
         sites: The attention layers.
         scales: The scale of each by name, ``None`` to leave it alone.
+        methods: How the gradients of each are rescaled otherwise.
         projections: Where Q and K are, for the layers whose attention can't be seen.
     """
 
     sites: list[AttentionSite]
     scales: dict[str, SpanScale | None]
+    methods: dict[str, Method]
     projections: dict[str, list[Projection]]
 
 
@@ -490,6 +560,7 @@ def plan(
     scales: Mapping[str, ScaleLike | None] | SpanScale | None = None,
     projections: Mapping[str, Mapping[str, Any]] | None = None,
     *,
+    rules: Rules = Rules(),
     parameters: Iterable[Tensor] | None = None,
     hooks: SpanHooks | None = None,
 ) -> Plan:
@@ -499,6 +570,7 @@ def plan(
         model: As in :func:`attach`.
         scales: Likewise.
         projections: Likewise.
+        rules: Likewise.
         parameters: Likewise.
         hooks: Hooks whose layers are left out, and with them those that are not trained yet, for
             layers that came to the model later.
@@ -526,6 +598,7 @@ def plan(
     before = [] if hooks is None else hooks.sites  # by their keys too, when they are gone by now
     names = {site.name: None for site in (*sites, *before)}
     resolved = resolve_scales(scales, list(names))
+    methods = rules.of(list(names))
     for site in sites:  # a layer that is asked for by name is attention
         site.certain = site.certain or (isinstance(scales, Mapping) and site.name in scales)
     if hooks is not None:
@@ -534,7 +607,7 @@ def plan(
     _check_unclaimed(scaled)
     if parameters is not None:
         _check_trained([site for site in scaled if site.certain], parameters)
-    return Plan(sites, resolved, projected)
+    return Plan(sites, resolved, methods, projected)
 
 
 def _new_sites(

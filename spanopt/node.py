@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spanopt.projection import rescale, rescale_by_document
+from spanopt.setups import SETUPS, Setup, setup_name
 from spanopt.shards import Spread, is_spread, on_shards
 
-__all__ = ["rescale_tokens", "span_node", "switch_on", "switched_node", "uniform_node"]
+__all__ = ["Method", "rescale_tokens", "span_node", "switch_on", "switched_node", "uniform_node"]
+
+
+class Method(NamedTuple):
+    """How a gradient is rescaled, beside the factors.
+
+    Attributes:
+        ridge: As in :func:`spanopt.project`.
+        setup: Name of a projection setup, see :mod:`spanopt.setups`.
+        preserve_norm: Whether the rescaled gradient gets the norm of the given one, for each
+            sequence and head.
+    """
+
+    ridge: float | None = None
+    setup: str = "span"
+    preserve_norm: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the span's, with nothing else done."""
+        return self.setup == "span" and not self.preserve_norm
 
 
 def span_node(
@@ -21,6 +42,9 @@ def span_node(
     ridge: float | None = None,
     mask: Tensor | None = None,
     documents: Tensor | None = None,
+    projection: str | Setup = "span",
+    preserve_norm: bool = False,
+    other: Tensor | None = None,
 ) -> Tensor:
     """Return a view of ``x`` whose gradient is rescaled by span on its way back.
 
@@ -37,6 +61,10 @@ def span_node(
         mask: As in :func:`spanopt.project`.
         documents: One span for each of several documents in a sequence, in place of ``mask``: as in
             :func:`spanopt.projection.rescale_by_document`.
+        projection: What counts as the parallel part: see :mod:`spanopt.setups`.
+        preserve_norm: Whether the rescaled gradient gets the norm of the given one, for each
+            sequence and head.
+        other: K if ``x`` is Q, and Q if it is K, where ``projection`` needs it.
 
     Returns:
         A view of ``x``.
@@ -49,11 +77,17 @@ def span_node(
         >>> q.grad.round(decimals=4).squeeze(-1)
         tensor([5., 3., 5.])
     """
+    method = Method(ridge, setup_name(projection), preserve_norm)
     if not is_spread(x):
-        return _SpanNode.apply(x, parallel, violation, mask, documents, ridge, None)
+        return _SpanNode.apply(x, parallel, violation, mask, documents, other, None, *method)
+    if not method.is_plain:
+        raise TypeError(
+            f"the projection {method.setup!r} and preserve_norm can't be taken of a DTensor, which "
+            "is spread over processes; use projection='span' there"
+        )
 
     def node(x: Tensor, factors: Any, mask: Any, documents: Any, spread: Spread | None) -> Tensor:
-        return _SpanNode.apply(x, *factors, mask, documents, ridge, spread)
+        return _SpanNode.apply(x, *factors, mask, documents, None, spread, *method)
 
     return on_shards(node, x, (parallel, violation), mask, documents)
 
@@ -88,8 +122,9 @@ def switched_node(
     key: Tensor,
     *,
     project: bool = True,
-    ridge: float | None = None,
+    method: Method = Method(),  # noqa: B008
     documents: Tensor | None = None,
+    other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a view of ``x``, which may turn out to be Q, K or neither.
 
@@ -104,8 +139,9 @@ def switched_node(
             both are 1 the gradient is multiplied by 1 and not left alone.
         key: Likewise, if it is K.
         project: Whether any of the factors differ; otherwise nothing is projected.
-        ridge: As in :func:`spanopt.project`.
+        method: How it is rescaled.
         documents: As in :func:`span_node`.
+        other: Likewise.
 
     Returns:
         The view, and the two tensors for :func:`switch_on`.
@@ -119,7 +155,7 @@ def switched_node(
         >>> q.grad.flatten()
         tensor([6., 6.])
     """
-    return _SwitchedNode.apply(x, query, key, documents, project, ridge)
+    return _SwitchedNode.apply(x, query, key, documents, other, project, *method)
 
 
 def switch_on(
@@ -148,10 +184,11 @@ def rescale_tokens(
     x: Tensor,
     parallel: Tensor,
     violation: Tensor,
-    ridge: float | None,
+    method: Method,
     mask: Tensor | None,
     documents: Tensor | None,
     spread: Spread | None = None,
+    other: Tensor | None = None,
 ) -> Tensor:
     """Rescale a gradient by the span of a sequence's real tokens, or of each of its documents.
 
@@ -160,11 +197,12 @@ def rescale_tokens(
         x: Q or K.
         parallel: As in :func:`spanopt.rescale`.
         violation: Likewise.
-        ridge: Likewise.
-        mask: Likewise.
+        method: How it is rescaled.
+        mask: As in :func:`spanopt.rescale`.
         documents: As in :func:`spanopt.projection.rescale_by_document`, in place of ``mask``.
         spread: The processes that have the other tokens of the sequences, if there are no
             documents.
+        other: As in :func:`span_node`.
 
     Returns:
         The rescaled gradient.
@@ -173,16 +211,28 @@ def rescale_tokens(
         >>> import torch
         >>> one = torch.tensor(1.0)
         >>> g, q = torch.tensor([[3.0], [1.0], [5.0]]), torch.tensor([[1.0], [1.0], [0.0]])
-        >>> rescale_tokens(g, q, 2 * one, one, None, None, None).round(decimals=4).squeeze(-1)
+        >>> rescale_tokens(g, q, 2 * one, one, Method(), None, None).round(decimals=4).squeeze(-1)
         tensor([5., 3., 5.])
     """
-    if documents is None:
-        return rescale(
-            grad, x, parallel=parallel, violation=violation, ridge=ridge, mask=mask, spread=spread
-        )
-    return rescale_by_document(
-        grad, x, documents, parallel=parallel, violation=violation, ridge=ridge
+    factors: dict[str, Any] = {"parallel": parallel, "violation": violation}
+    if method.setup != "span":
+        other = x if other is None else other
+        of_span = SETUPS[method.setup](grad, x, other, ridge=method.ridge, mask=mask)
+        scaled = _multiplied(grad, violation) + _multiplied(of_span, parallel - violation)
+    elif documents is None:
+        scaled = rescale(grad, x, ridge=method.ridge, mask=mask, spread=spread, **factors)
+    else:
+        scaled = rescale_by_document(grad, x, documents, ridge=method.ridge, **factors)
+    return _with_norm_of(grad, scaled) if method.preserve_norm else scaled
+
+
+def _with_norm_of(grad: Tensor, scaled: Tensor) -> Tensor:
+    """Give each matrix (N, d) of a rescaled gradient the norm that it had before."""
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    before, after = (
+        torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype) for x in (grad, scaled)
     )
+    return (scaled * (before / torch.where(after == 0, 1, after))).to(grad.dtype)
 
 
 # The scales are attributes of ctx: saved for backward, a later change would be a version error.
@@ -194,23 +244,25 @@ class _SpanNode(torch.autograd.Function):
         violation: Tensor,
         mask: Tensor | None,
         documents: Tensor | None,
-        ridge: float | None,
+        other: Tensor | None,
         spread: Spread | None,
+        *method: Any,
     ) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.parallel, ctx.violation, mask, documents, ctx.ridge, ctx.spread = inputs
-        ctx.save_for_backward(x, mask, documents)
+        x, ctx.parallel, ctx.violation, mask, documents, other, ctx.spread, *ctx.method = inputs
+        ctx.save_for_backward(x, mask, documents, other)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, documents = ctx.saved_tensors
+        x, mask, documents, other = ctx.saved_tensors
+        factors = ctx.parallel, ctx.violation
         scaled = rescale_tokens(
-            grad, x, ctx.parallel, ctx.violation, ctx.ridge, mask, documents, ctx.spread
+            grad, x, *factors, Method(*ctx.method), mask, documents, ctx.spread, other
         )
-        return scaled, None, None, None, None, None, None
+        return scaled, *(None,) * 9
 
 
 class _SwitchedNode(torch.autograd.Function):
@@ -221,21 +273,23 @@ class _SwitchedNode(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, *ctx.factors, documents, ctx.project, ctx.ridge = inputs
-        ctx.save_for_backward(x, documents)
+        x, query, key, documents, other, ctx.project, *ctx.method = inputs
+        ctx.factors = query, key
+        ctx.save_for_backward(x, documents, other)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
         ctx: Any, grad: Tensor | None, switch: Tensor | None, padding: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        rest = (None,) * 5
+        rest = (None,) * 8
         if grad is None or switch is None:
             return grad, *rest
-        x, documents = ctx.saved_tensors
+        x, documents, other = ctx.saved_tensors
         shape, mask = x.shape, None
         if grad.ndim > 4:  # (B, H, N, d): grouped heads are heads
             x, grad = x.flatten(1, -3), grad.flatten(1, -3)
+            other = other if other is None else other.flatten(1, -3)
         if padding is not None:  # in all of the softmaxes
             mask = (padding if x.ndim > 2 else padding[0]) < switch.abs()
             mask = mask[(slice(None), *(None,) * (x.ndim - 3))] if x.ndim > 3 else mask
@@ -249,7 +303,10 @@ class _SwitchedNode(torch.autograd.Function):
             query, key = (x if x.ndim > 1 else x[:, None] for x in (query, key))
         parallel, violation = torch.where(switch > 0, query, key).unbind()
         if ctx.project:
-            scaled = rescale_tokens(grad, x, parallel, violation, ctx.ridge, mask, documents)
+            method = Method(*ctx.method)
+            scaled = rescale_tokens(
+                grad, x, parallel, violation, method, mask, documents, other=other
+            )
         else:
             scaled = _multiplied(grad, parallel)
         return torch.where(switch == 0, grad, scaled).reshape(shape), *rest

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spanopt.attach import SpanHooks, attach, plan
+from spanopt.attach import ProjectionLike, Rules, SpanHooks, attach, plan
 from spanopt.scale import ScaleLike, SpanGroup, SpanScale, scales_of
 from spanopt.taps.tap import remove_stale
 
@@ -66,6 +66,9 @@ class SpanScaledOptimizer(Optimizer):
             :func:`~spanopt.attach`.
         example_inputs: Inputs for a forward pass that checks, before anything is trained, what
             only a forward pass can tell: see :func:`~spanopt.attach`.
+        projection: What counts as the parallel part, ``"span"`` or another of
+            :mod:`spanopt.setups`: see :func:`~spanopt.attach`.
+        preserve_norm: Whether rescaled gradients keep their norm: likewise.
 
     Attributes:
         optimizer: The wrapped optimizer.
@@ -103,6 +106,8 @@ class SpanScaledOptimizer(Optimizer):
         on_missing: str = "error",
         projections: Mapping[str, Mapping[str, Any]] | None = None,
         example_inputs: Any = None,
+        projection: ProjectionLike = "span",
+        preserve_norm: bool | Mapping[str, bool] = False,
     ) -> None:
         # Optimizer.__init__ would make parameter groups and a state of our own.
         missing = [name for name in _INTERFACE if not hasattr(optimizer, name)]
@@ -111,7 +116,8 @@ class SpanScaledOptimizer(Optimizer):
                 f"the optimizer must have the interface of torch.optim.Optimizer, got "
                 f"{type(optimizer).__name__} without {', '.join(missing)}"
             )
-        self._adopt(optimizer, model, scales, ridge, on_missing, projections)
+        rules = Rules(ridge, projection, preserve_norm)
+        self._adopt(optimizer, model, scales, rules, on_missing, projections)
         self.hooks: SpanHooks = attach(
             model,
             scales,
@@ -120,6 +126,8 @@ class SpanScaledOptimizer(Optimizer):
             projections=projections,
             example_inputs=example_inputs,
             parameters=self._parameters(),
+            projection=projection,
+            preserve_norm=preserve_norm,
         )
         # A wrapper that is dropped, as when a notebook cell runs again, leaves the model clean.
         weakref.finalize(self, self.hooks.remove)
@@ -129,14 +137,14 @@ class SpanScaledOptimizer(Optimizer):
         optimizer: Optimizer,
         model: nn.Module,
         scales: Mapping[str, ScaleLike | None] | SpanScale | None,
-        ridge: float | None,
+        rules: Rules,
         on_missing: str,
         projections: Mapping[str, Mapping[str, Any]] | None,
     ) -> None:
         self.optimizer = optimizer
         self.model = model
         self._scales = scales
-        self._ridge = ridge
+        self._rules = rules
         self._on_missing = on_missing
         self._projections = projections
         self._marks: dict[int, tuple[Any, int]] = {}
@@ -144,7 +152,7 @@ class SpanScaledOptimizer(Optimizer):
             setattr(self, hooks, OrderedDict())
 
     def _unhook(self) -> None:
-        self.hooks = SpanHooks(self._ridge, self._on_missing)
+        self.hooks = SpanHooks(self._on_missing)
 
     @property
     def _attached(self) -> bool:
@@ -303,6 +311,7 @@ class SpanScaledOptimizer(Optimizer):
                 self.model,
                 self._scales,
                 self._projections,
+                rules=self._rules,
                 # Parameters may come with their names.
                 parameters=[
                     *self._parameters(),
@@ -503,7 +512,7 @@ class SpanScaledOptimizer(Optimizer):
                 **(scales or {"*": SpanScale()}),
                 **{group["name"]: group.scale for group in self.span_groups},
             },
-            "ridge": self._ridge,
+            "rules": self._rules,
             "on_missing": self._on_missing,
             "projections": self._projections,
             "attached": self._attached,
@@ -512,7 +521,8 @@ class SpanScaledOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         attached = state.pop("attached")
         if attached:
-            self.__init__(**state)  # type: ignore[misc]
+            rules = state.pop("rules")
+            self.__init__(**state, **vars(rules))  # type: ignore[misc]
         else:
             self._adopt(**state)
             self._unhook()

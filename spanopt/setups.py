@@ -14,7 +14,18 @@ from torch import Tensor
 
 from spanopt.projection import orthonormal, project
 
-__all__ = ["SETUPS", "Setup", "cross", "feature", "oblique", "pooled", "radial", "span"]
+__all__ = [
+    "NEED_OTHER",
+    "SETUPS",
+    "Setup",
+    "cross",
+    "feature",
+    "oblique",
+    "pooled",
+    "radial",
+    "setup_name",
+    "span",
+]
 
 # At most 1 / (2 sqrt(c)) times the norm of a gradient is in its oblique part.
 _OBLIQUE_RIDGE = 1 / 256
@@ -274,6 +285,53 @@ SETUPS: dict[str, Setup] = {
     "feature": feature,
     "pooled": pooled,
 }
+
+
+NEED_OTHER = frozenset({"cross", "oblique", "feature"})
+
+
+def setup_name(setup: str | Setup) -> str:
+    """Return the name of a setup, under which it is found in ``SETUPS`` from then on.
+
+    Args:
+        setup: A name, or a function as :class:`Setup` describes it.
+
+    Returns:
+        The name; a function's is that of its module and its own.
+
+    Raises:
+        TypeError: Neither.
+        ValueError: A name that is not there.
+
+    Example:
+        >>> setup_name("cross")
+        'cross'
+        >>> setup_name(lambda grad, basis, other, *, ridge=None, mask=None: 0 * grad)
+        'spanopt.setups.<lambda>'
+    """
+    if isinstance(setup, str):
+        if setup not in SETUPS:
+            raise ValueError(
+                f"no projection is named {setup!r}: there are {', '.join(SETUPS)}; or pass a "
+                "function (grad, basis, other, *, ridge=None, mask=None)"
+            )
+        return setup
+    if not callable(setup):
+        raise TypeError(
+            f"a projection is one of {', '.join(SETUPS)} or a function (grad, basis, other, *, "
+            f"ridge=None, mask=None), got {setup!r}"
+        )
+    for known, other in SETUPS.items():
+        if other is setup:
+            return known
+    own = getattr(setup, "__qualname__", type(setup).__qualname__)
+    name = base = f"{getattr(setup, '__module__', '')}.{own}"
+    count = 1
+    while name in SETUPS:
+        count += 1
+        name = f"{base} {count}"
+    SETUPS[name] = setup
+    return name
 
 
 def _check_tokens(name: str, basis: Tensor, other: Tensor) -> None:

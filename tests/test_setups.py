@@ -1,10 +1,16 @@
 """Each projection setup against its formula by NumPy, with an SVD."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from models import gradients
 from oracle import rescaled
+from torch import nn
+from torch.nn import functional as F
 
+from spanopt import SpanScale, SpanScaledOptimizer, attach, token_mask
 from spanopt.projection import orthonormal, project
 from spanopt.setups import SETUPS
 
@@ -172,3 +178,202 @@ def test_an_orthonormal_basis_spans_the_same():
     torch.testing.assert_close(u @ (u.mT @ g), project(deficient, g))
     expected = torch.as_tensor(rescaled(g.numpy(), q.numpy(), 1.0, 0.0))
     torch.testing.assert_close(orthonormal(q) @ (orthonormal(q).mT @ g), expected)
+
+
+# In a model.
+
+A, B = 3.0, 0.5
+HEADS, WIDTH = 4, 16
+
+
+def split(x):
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, tap, kv_heads=HEADS):
+        super().__init__()
+        self.tap = tap
+        d = WIDTH // HEADS
+        self.q_proj = nn.Linear(WIDTH, WIDTH)
+        self.k_proj, self.v_proj = (nn.Linear(WIDTH, kv_heads * d) for _ in range(2))
+
+    def forward(self, x, context=None, hook=None):
+        context = x if context is None else context
+        q = split(self.q_proj(x))
+        k, v = (
+            y.unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2)
+            for y in (self.k_proj(context), self.v_proj(context))
+        )
+        if hook is not None:
+            q, k = hook(q * 1.0, k * 1.0)
+        if hook is None and self.tap == "score":
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape[1] != q.shape[1])
+        return (q @ k.mT / (WIDTH // HEADS) ** 0.5).softmax(-1) @ v
+
+
+class Packed(nn.MultiheadAttention):
+    def __init__(self):
+        super().__init__(WIDTH, HEADS, batch_first=True)
+        self.out_proj.weight.data = torch.eye(WIDTH)
+
+    def forward(self, x, hook=None):
+        if hook is None:
+            return split(super().forward(x, x, x, need_weights=False)[0])
+        q, k, v = map(split, F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
+        q, k = hook(q * 1.0, k * 1.0)
+        y = (q @ k.mT / (WIDTH // HEADS) ** 0.5).softmax(-1) @ v
+        return split(self.out_proj(y.transpose(1, 2).flatten(-2)))
+
+
+def oracle_hook(name, preserve_norm=False):
+    """Return what puts hooks by NumPy on Q and K."""
+
+    def rescale(g, x, other):
+        if name == "pooled":
+            flat = (y.transpose(0, 1).flatten(1, 2) for y in (g, x, other))
+            p = per_matrix(by_span, *flat).unflatten(1, g.shape[::2][:2]).transpose(0, 1)
+        else:
+            p = per_matrix(ORACLES[name], g, x, other)
+        scaled = B * g + (A - B) * p
+        if preserve_norm:
+            scaled = scaled * (g.norm(dim=(-2, -1)) / scaled.norm(dim=(-2, -1)))[..., None, None]
+        return scaled
+
+    def hook(q, k):
+        one, other = q.detach(), k.detach()
+        q.register_hook(lambda g: rescale(g, one, other))
+        k.register_hook(lambda g: rescale(g, other, one))
+        return q, k
+
+    return hook
+
+
+def build(tap):
+    return (Packed() if tap == "packed" else Attention(tap)).double()
+
+
+def assert_same(actual, expected, tolerance=1e-8):
+    for name, value in expected.items():
+        size = max(value.abs().max(), 1e-9)
+        if name != "k_proj.bias":
+            assert (actual[name] - value).abs().max() <= tolerance * size, name
+
+
+def assert_other(actual, plain):
+    assert any((actual[name] - plain[name]).abs().max() > 1e-3 for name in plain)
+
+
+@pytest.mark.parametrize("preserve_norm", [False, True], ids=["", "norm"])
+@pytest.mark.parametrize("name", SETUPS)
+@pytest.mark.parametrize("tap", ["score", "softmax", "packed"])
+def test_every_tap_rescales_by_every_setup(tap, name, preserve_norm):
+    layer, x = build(tap), torch.randn(3, 9, WIDTH, dtype=torch.float64)
+    reference = gradients(layer, layer(x, hook=oracle_hook(name, preserve_norm)).pow(3).sum())
+    plain = gradients(layer, layer(x).pow(3).sum())
+    options = {"projection": name, "preserve_norm": preserve_norm}
+    with attach(layer, SpanScale(A, B), **options) as hooks:
+        actual = gradients(layer, layer(x).pow(3).sum())
+        assert hooks.unseen() == []
+    assert_same(actual, reference)
+    assert_other(actual, plain)
+
+
+@pytest.mark.parametrize("name", ["span", "radial", "pooled"])
+def test_the_projection_tap_takes_the_setups_of_one_side(name):
+    layer, x = build("softmax"), torch.randn(3, 9, WIDTH, dtype=torch.float64)
+    reference = gradients(layer, layer(x, hook=oracle_hook(name, True)).pow(3).sum())
+    spec = {"": {"query": "q_proj", "key": "k_proj", "num_heads": HEADS}}
+    options = {"projections": spec, "preserve_norm": True}
+    with attach(layer, SpanScale(A, B), projection=name, **options):
+        assert_same(gradients(layer, layer(x).pow(3).sum()), reference)
+    with pytest.raises(ValueError, match="layer '': the projection 'cross' needs queries and keys"):
+        attach(layer, SpanScale(A, B), projection="cross", **options)
+    assert not layer._forward_hooks
+
+
+@pytest.mark.parametrize("tap", ["score", "softmax", "packed"])
+@pytest.mark.parametrize("name", ["cross", "feature", "oblique"])
+def test_compiled_in_one_graph_a_setup_gives_the_gradients_of_eager_code(tap, name):
+    torch.compiler.reset()
+    layer, x = build(tap), torch.randn(3, 9, WIDTH, dtype=torch.float64)
+    model = nn.Sequential(layer)
+    with attach(model, SpanScale(A, B), projection=name, preserve_norm=True):
+        eager = gradients(model, model(x).pow(3).sum())
+        run = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_same(gradients(model, run(x).pow(3).sum()), eager)
+    torch.compiler.reset()
+
+
+def halves(grad, basis, other, *, ridge=None, mask=None):
+    """A setup of one's own: the first half of the tokens."""
+    first = torch.arange(grad.shape[-2]) < grad.shape[-2] // 2
+    return grad * first[:, None]
+
+
+def test_setups_go_by_layer_and_may_be_ones_own():
+    model = nn.Sequential(*(build("score") for _ in range(3)))
+    inputs = [torch.randn(3, 9, WIDTH, dtype=torch.float64) for _ in model]
+
+    def loss(*hooks):
+        outputs = (f(x, hook=h) for f, x, h in zip(model, inputs, hooks, strict=True))
+        return sum(y.pow(3).sum() for y in outputs)
+
+    def own(q, k):
+        for x in (q, k):
+            x.register_hook(lambda g, x=x: B * g + (A - B) * halves(g, x, x))
+        return q, k
+
+    plain = gradients(model, loss(None, None, None))
+    reference = gradients(model, loss(oracle_hook("cross", True), own, oracle_hook("span")))
+    optimizer = SpanScaledOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        SpanScale(A, B),
+        projection={"*": "span", "0": "cross", "1": halves},
+        preserve_norm={"0": True},
+    )
+    for _ in range(2):
+        actual = gradients(model, loss(None, None, None))
+        assert_same(actual, reference)
+        assert_other(actual, plain)
+        optimizer = copy.deepcopy(optimizer)
+        model = optimizer.model
+
+
+WRONG = {
+    "no such": (
+        {"projection": "spam"},
+        ValueError,
+        "no projection is named 'spam': there are span,",
+    ),
+    "no layer": ({"projection": {"x.*": "cross"}}, ValueError, r"projection\['x.\*'\] matches no"),
+    "a number": ({"projection": 3}, TypeError, "a projection is one of span"),
+    "no flag": ({"preserve_norm": 1}, TypeError, "preserve_norm is True or False"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_no_setup_is_an_error_and_installs_nothing(options, error, message):
+    layer = build("score")
+    with pytest.raises(error, match=message):
+        attach(layer, **options)
+    assert not layer._forward_hooks
+
+
+@pytest.mark.parametrize("tap", ["score", "softmax"])
+def test_a_setup_that_does_not_go_with_a_layer_is_an_error_that_names_it(tap):
+    model = nn.ModuleDict({"attn": Attention(tap).double()})
+    x, context = (torch.randn(2, n, WIDTH, dtype=torch.float64) for n in (9, 7))
+    with attach(model, projection="cross"):
+        with pytest.raises(ValueError, match="layer 'attn': the projection 'cross' needs as many"):
+            model["attn"](x, context)
+        model["attn"](x)
+    with attach(model, projection="feature"):
+        model["attn"](x, context).sum().backward()
+        documents = torch.tensor([[1] * 4 + [2] * 5] * 2)
+        with token_mask(documents), pytest.raises(ValueError, match="layer 'attn': token_mask"):
+            model["attn"](x)
+    grouped = Attention("score", kv_heads=2).double()
+    with attach(grouped, projection="oblique"), pytest.raises(ValueError, match="as many heads"):
+        grouped(x)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from spanopt.taps.masks import Tokens, allowed, appended, read, real_tokens
-from spanopt.taps.tap import SideScale, Tap
+from spanopt.taps.tap import SideScale, Tap, other_sides
 
 __all__ = ["HANDLERS"]
 
@@ -72,9 +72,9 @@ def _forward(*args: Any, **kwargs: Any) -> Any:
 
 def _forward_keeping(keeping: Any, *args: Any, **kwargs: Any) -> Any:
     # torch.compile takes tensors and numbers across this border, so all comes unpacked.
-    scales = SideScale(*args[:3]), SideScale(*args[3:6])
-    given = Tokens(*args[6:8]), Tokens(*args[8:10])
-    self_attention, layer, heads, *rest = args[10:]
+    scales = SideScale(*args[:5]), SideScale(*args[5:10])
+    given = Tokens(*args[10:12]), Tokens(*args[12:14])
+    self_attention, layer, heads, *rest = args[14:]
     with _ScoreProduct(scales, given, self_attention, layer, heads, keeping):
         return _transparent(*rest, **kwargs)
 
@@ -132,7 +132,9 @@ class _ScoreProduct(TorchFunctionMode):
             layer=self.layer,
         )
         with self.keeping():
-            return self.query.on(query, *queries), self.key.on(key, *keys)
+            of_query, of_key = other_sides(self.query.setup, self.layer, query, key)
+            query = self.query.on(query, *queries, of_query)
+            return query, self.key.on(key, *keys, of_key)
 
 
 HANDLERS = {"multi_head_attention_forward": _multi_head_attention_forward}

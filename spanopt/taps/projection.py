@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spanopt.node import rescale_tokens
+from spanopt.node import Method, rescale_tokens
 from spanopt.scale import SpanScale
+from spanopt.setups import NEED_OTHER
 from spanopt.sites import AttentionSite
 from spanopt.taps.masks import Tokens, given_tokens
 from spanopt.taps.tap import Tap, thread
@@ -183,12 +184,17 @@ class ProjectionTap(Tap):
         self,
         site: AttentionSite,
         scale: SpanScale,
-        ridge: float | None,
+        method: Method,
         projections: list[Projection],
     ) -> None:
+        if method.setup in NEED_OTHER:
+            raise ValueError(
+                f"layer {site.name!r}: the projection {method.setup!r} needs queries and keys at "
+                "once, which projections={...} shows one by one; give it projection='span'"
+            )
         self.projections = projections
         self._shapes: dict[str, torch.Size] = {}
-        super().__init__(site, scale, ridge, {})
+        super().__init__(site, scale, method, {})
 
     def on_output(self, projection: Projection, output: Tensor) -> Tensor:
         """Put the node on a module's output.
@@ -266,7 +272,7 @@ class ProjectionTap(Tap):
             ) from error
 
 
-_PER_SIDE = 5  # mode, factors, ridge, mask, documents
+_PER_SIDE = 7  # mode, factors, ridge, setup, preserve_norm, mask, documents
 
 
 class _ProjectionNode(torch.autograd.Function):
@@ -278,14 +284,14 @@ class _ProjectionNode(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.blocks, ctx.width, ctx.sides, *settings = inputs
         ctx.settings = [settings[i : i + _PER_SIDE - 2] for i in range(0, len(settings), _PER_SIDE)]
-        masks = [settings[i + 3 : i + 5] for i in range(0, len(settings), _PER_SIDE)]
+        masks = [settings[i + 5 : i + 7] for i in range(0, len(settings), _PER_SIDE)]
         ctx.save_for_backward(x, *(mask for pair in masks for mask in pair))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *masks = ctx.saved_tensors
         grad = grad.clone(memory_format=torch.contiguous_format)
-        for i, ((_, first, count), (mode, factors, ridge)) in enumerate(
+        for i, ((_, first, count), (mode, factors, *method)) in enumerate(
             zip(ctx.sides, ctx.settings, strict=True)
         ):
             if mode == "identity":
@@ -300,6 +306,8 @@ class _ProjectionNode(torch.autograd.Function):
             parallel, violation = factors.unbind()
             mask, documents = masks[2 * i : 2 * i + 2]
             g, x_of_side = part.flatten(-4, -3), basis.flatten(-4, -3)
-            scaled = rescale_tokens(g, x_of_side, parallel, violation, ridge, mask, documents)
+            scaled = rescale_tokens(
+                g, x_of_side, parallel, violation, Method(*method), mask, documents
+            )
             part.copy_(scaled.view_as(part))
         return grad, *(None,) * (3 + _PER_SIDE * len(ctx.sides))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from spanopt.taps.masks import allowed, read
-from spanopt.taps.tap import Tap
+from spanopt.taps.tap import Tap, other_sides
 
 __all__ = ["HANDLERS"]
 
@@ -32,8 +32,10 @@ def _scaled_dot_product_attention(
             seen = None if attn_mask is None else read(allowed(attn_mask), query.ndim)
             same = query.shape[-2] == key.shape[-2] and tap.is_self_attention(query, key)
             queries, keys = tap.tokens(query, key, seen, same)
+            of_query, of_key = other_sides(tap.method.setup, tap.site.name, query, key)
             with tap.keeping():
-                query, key = tap.query.on(query, *queries), tap.key.on(key, *keys)
+                query = tap.query.on(query, *queries, of_query)
+                key = tap.key.on(key, *keys, of_key)
         else:
             query, key = tap.query.on(query), tap.key.on(key)
     return func(query, key, value, attn_mask, *args, **kwargs)

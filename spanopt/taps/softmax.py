@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spanopt.node import switch_on, switched_node
 from spanopt.taps.masks import Read, Tokens, allowed, allowed_by_fill, both, by_document, read
-from spanopt.taps.tap import Handler, Tap
+from spanopt.taps.tap import Handler, Tap, other_sides
 
 __all__ = ["HANDLERS"]
 
@@ -227,10 +227,14 @@ def _product(tap: Tap, left: Tensor, right: Tensor, x: Tensor, y: Tensor) -> _Pr
     """Put nodes on x (..., N, d) and y (..., M, d), which are views of left and right."""
     of_left, of_right = tap.given() or (None, None)
     same = tap.is_self_attention(left, right) and x.shape[-2] == y.shape[-2]
-    return _Product(_operand(tap, x, of_left), _operand(tap, y, of_right), same, [])
+    of_x = of_y = None
+    if tap.projects(x, y):
+        of_x, of_y = other_sides(tap.method.setup, tap.site.name, x, y)
+    operands = _operand(tap, x, of_left, of_x), _operand(tap, y, of_right, of_y)
+    return _Product(*operands, same, [])
 
 
-def _operand(tap: Tap, x: Tensor, given: Tokens | None) -> _Operand:
+def _operand(tap: Tap, x: Tensor, given: Tokens | None, other: Tensor | None) -> _Operand:
     query, key = tap.query, tap.key
     if not (x.requires_grad and torch.is_grad_enabled()) or query.mode == key.mode == "identity":
         return _Operand(x, x, None)
@@ -240,7 +244,8 @@ def _operand(tap: Tap, x: Tensor, given: Tokens | None) -> _Operand:
             query.factors,
             key.factors,
             project="general" in (query.mode, key.mode),
-            ridge=query.ridge,
+            method=tap.method,
+            other=other,
             documents=None if given is None else by_document(given, x.shape),
         )
     return _Operand(x, node, (switch, real))

@@ -21,15 +21,25 @@ from torch.overrides import (
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.checkpoint import __file__ as _CHECKPOINT_FILE
 
-from spanopt.node import span_node, uniform_node
+from spanopt.node import Method, span_node, uniform_node
 from spanopt.scale import Factor, SpanScale
+from spanopt.setups import NEED_OTHER, SETUPS
 from spanopt.shards import is_context_parallel, is_spread
 from spanopt.sites import AttentionSite
 from spanopt.taps.masks import Read, Tokens, real_tokens
 from spanopt.taps.notes import Notes
 from spanopt.taps.streams import Streams
 
-__all__ = ["Call", "Handler", "SideScale", "Tap", "live_taps", "remove_stale", "thread"]
+__all__ = [
+    "Call",
+    "Handler",
+    "SideScale",
+    "Tap",
+    "live_taps",
+    "other_sides",
+    "remove_stale",
+    "thread",
+]
 
 
 class SideScale(NamedTuple):
@@ -40,18 +50,27 @@ class SideScale(NamedTuple):
             multiplication) or ``"general"``.
         factors: Parallel and violation, shape ``(2,)`` or ``(2, H)``. One tensor, as
             ``torch.compile`` takes time for each.
-        ridge: As in :func:`spanopt.project`.
+        ridge: As in :class:`~spanopt.node.Method`.
+        setup: Likewise.
+        preserve_norm: Likewise.
     """
 
     mode: str
     factors: Tensor
-    ridge: float | None
+    ridge: float | None = None
+    setup: str = "span"
+    preserve_norm: bool = False
+
+    @property
+    def method(self) -> Method:
+        """How gradients are rescaled, beside the factors."""
+        return Method(*self[2:])
 
     @classmethod
     def of(
         cls,
         factors: tuple[Factor, Factor],
-        ridge: float | None,
+        method: Method,
         device: torch.device,
         *,
         general: bool = False,
@@ -60,7 +79,7 @@ class SideScale(NamedTuple):
 
         Args:
             factors: ``(parallel, violation)``.
-            ridge: As in :func:`spanopt.project`.
+            method: How gradients are rescaled, beside them.
             device: Where the layer's gradients will be.
             general: Whether to be of that mode also where the factors are equal.
 
@@ -69,20 +88,28 @@ class SideScale(NamedTuple):
         """
         parallel, violation = factors
         mode = "general"
+        general = general or (method.preserve_norm and parallel != 1)
         if parallel == violation and not general:
             mode = "identity" if parallel == 1 else "uniform"
         dtype = torch.float32 if device.type == "mps" else torch.float64
         with torch.inference_mode(False):  # these tensors outlive such a block
             values = [torch.tensor(factor, dtype=dtype, device=device) for factor in factors]
-            return cls(mode, torch.stack(torch.broadcast_tensors(*values)), ridge)
+            return cls(mode, torch.stack(torch.broadcast_tensors(*values)), *method)
 
-    def on(self, x: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+    def on(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        other: Tensor | None = None,
+    ) -> Tensor:
         """Put the node on Q or K.
 
         Args:
             x: Shape ``(..., H, N, d)``.
             mask: Boolean, broadcastable to ``(..., H, N)``, true at real tokens.
             documents: As in :func:`~spanopt.projection.rescale_by_document`.
+            other: The other side, where the projection needs it.
 
         Returns:
             A view of ``x``, or ``x`` itself where there is nothing to do.
@@ -92,10 +119,49 @@ class SideScale(NamedTuple):
         if self.mode == "uniform":
             return uniform_node(x, self.factors[0])
         parallel, violation = self.factors.unbind()
-        return span_node(x, parallel, violation, ridge=self.ridge, mask=mask, documents=documents)
+        return span_node(
+            x,
+            parallel,
+            violation,
+            ridge=self.ridge,
+            mask=mask,
+            documents=documents,
+            projection=self.setup,
+            preserve_norm=self.preserve_norm,
+            other=other,
+        )
 
+
+_OF_ONE_SIDE = frozenset(SETUPS) - NEED_OTHER
 
 GivenTokens: TypeAlias = "tuple[Tokens | None, Tokens | None] | None"
+
+
+def other_sides(
+    setup: str, layer: str, query: Tensor, key: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what a projection needs of the other side: for the query's node and the key's.
+
+    Args:
+        setup: Its name.
+        layer: Name of the layer, for the error.
+        query: Shape ``(..., H, N, d)``.
+        key: Shape ``(..., H', M, d)``.
+
+    Raises:
+        ValueError: It does not go with these shapes.
+    """
+    if setup in _OF_ONE_SIDE:
+        return None, None
+    heads, kv_heads = (x.shape[-3] if x.ndim > 3 else 1 for x in (query, key))
+    unequal = query.shape[-2] != key.shape[-2] and setup in ("cross", "oblique")
+    if heads != kv_heads or unequal:
+        raise ValueError(
+            f"layer {layer!r}: the projection {setup!r} needs as many heads"
+            f"{' and tokens' if unequal else ''} on both sides, got queries {tuple(query.shape)} "
+            f"and keys {tuple(key.shape)}; give this layer projection='span'"
+        )
+    return key.detach(), query.detach()
 
 
 class Call:
@@ -176,12 +242,12 @@ class Tap(TorchFunctionMode):
         self,
         site: AttentionSite,
         scale: SpanScale,
-        ridge: float | None,
+        method: Method,
         handlers: Mapping[str, Handler],
     ) -> None:
         super().__init__()
         self.site = site
-        self.ridge = ridge
+        self.method = method
         self.seen = False
         self.entered = False
         self.called = False
@@ -209,7 +275,7 @@ class Tap(TorchFunctionMode):
         first = next(self.site.module.parameters(), None)
         device = torch.device("cpu") if first is None or first.is_meta else first.device
         query, key = (
-            SideScale.of(scale.side(side), self.ridge, device, general=self.held)
+            SideScale.of(scale.side(side), self.method, device, general=self.held)
             for side in ("query", "key")
         )
         if self.site.heads is not None:
@@ -442,9 +508,21 @@ class Tap(TorchFunctionMode):
         )
 
     def given(self) -> GivenTokens:
-        """Return the tokens of queries and keys that :func:`spanopt.token_mask` gives."""
+        """Return the tokens of queries and keys that :func:`spanopt.token_mask` gives.
+
+        Raises:
+            ValueError: They are of several documents, and the projection is not the span's.
+        """
         call = self.current_call()
-        return None if call is None else call.given
+        given = None if call is None else call.given
+        if given is None or self.method.setup == "span":
+            return given
+        if any(tokens is not None and tokens.documents is not None for tokens in given):
+            raise ValueError(
+                f"layer {self.site.name!r}: token_mask gives several documents, which only "
+                f"projection='span' takes apart, not {self.method.setup!r}"
+            )
+        return given
 
     def projects(self, *tensors: Tensor) -> bool:
         """Whether a node on one of these will project, which is when real tokens matter."""
