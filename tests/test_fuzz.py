@@ -74,7 +74,7 @@ def test_rescaling_equals_the_oracle_for_any_shape_dtype_and_mask(given, a, b):
     )
     size = grad.double().abs().max() if grad.numel() else torch.tensor(0.0)
     tolerance = {
-        torch.float64: 1e-9,
+        torch.float64: 1e-7,  # of a basis with repeated columns
         torch.float32: 2e-4,
         torch.bfloat16: 5e-2,
         torch.float16: 1e-2,
@@ -85,7 +85,7 @@ def test_rescaling_equals_the_oracle_for_any_shape_dtype_and_mask(given, a, b):
     torch.testing.assert_close(parallel + violation, grad, rtol=0.05, atol=0.05)
     again = project(basis, parallel, mask=mask)
     if grad.numel() and grad.dtype == torch.float64:
-        assert (again - parallel).abs().max() <= 1e-9 * size
+        assert (again - parallel).abs().max() <= 1e-7 * size
 
 
 ANYTHING = st.one_of(
