@@ -11,7 +11,7 @@ demo: .venv/demo.stamp
 test: .venv/test-loops.stamp
 	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# The long runs and the fuzzing, of which `make test` does a short part: about 15 minutes.
+# The long runs and the fuzzing, of which `make test` does a short part: 15 to 25 minutes.
 soak: .venv/test-loops.stamp
 	.venv/bin/python -m pytest -n 2 --soak tests/test_soak.py tests/test_fuzz.py $(ARGS)
 

@@ -19,7 +19,7 @@ def pytest_configure(config):
     soak = config.getoption("soak")
     settings.register_profile(
         "spanopt",
-        max_examples=3000 if soak else 60,
+        max_examples=2000 if soak else 60,
         stateful_step_count=25,
         derandomize=not soak,
         deadline=None,
