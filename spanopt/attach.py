@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -112,12 +111,12 @@ class SpanHooks:
         for site in plan.sites:
             scale = plan.scales[site.name]
             if scale is not None:
+                method = plan.methods[site.name]
                 if site.name in plan.projections:
                     projections = plan.projections[site.name]
-                    method = plan.methods[site.name]
                     taps.append(ProjectionTap(site, scale, method, projections))
                 else:
-                    taps.append(Tap(site, scale, plan.methods[site.name], HANDLERS))
+                    taps.append(Tap(site, scale, method, HANDLERS))
             elif any(_contains(outer, site.module) for outer in scaled):
                 # Left alone, inside a layer that is scaled: a tap that does nothing shields it.
                 shields.append(Tap(site, SpanScale(1.0, 1.0), Method(), HANDLERS))
@@ -166,10 +165,7 @@ class SpanHooks:
         for tap in [*self._taps, *self._shields]:
             if tap.site.module not in gone:
                 continue
-            for handle in self._handles.pop(tap):
-                handle.remove()
-            tap.removed = True
-            _claimed.discard(tap.site.module)
+            self._take_off(tap)
             if tap in self._shields:
                 self._shields.remove(tap)
                 continue
@@ -393,14 +389,17 @@ class SpanHooks:
             >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2))
             >>> hooks.remove()
         """
-        for handle in itertools.chain(*self._handles.values()):
-            handle.remove()
-        self._handles = {None: []}
-        for tap in (*self._taps, *self._shields):
-            if not tap.removed:  # another attachment may have the layer by now
-                tap.removed = True
-                _claimed.discard(tap.site.module)
+        for tap in (None, *self._taps, *self._shields):
+            self._take_off(tap)
         remove_stale()
+
+    def _take_off(self, tap: Tap | None) -> None:
+        """Take a tap off its layer, or what is on the whole model off that; once."""
+        for handle in self._handles.pop(tap, ()):
+            handle.remove()
+        if tap is not None and not tap.removed:  # another attachment may have the layer by now
+            tap.removed = True
+            _claimed.discard(tap.site.module)
 
     def __enter__(self) -> SpanHooks:
         return self
@@ -621,8 +620,7 @@ def _new_sites(
     old = {site.module for site in hooked}
     new = []
     for site in sites:
-        trainable = {id(p) for p in site.module.parameters() if p.requires_grad}
-        if site.module not in old and (not trainable or trainable & trained):
+        if site.module not in old and not _is_left_out(site, trained):
             new.append(site)
     present = old & set(model.modules())
     names = {site.name for site in hooked if site.module in present}
@@ -858,11 +856,16 @@ def _check_unclaimed(sites: Sequence[AttentionSite]) -> None:
                 )
 
 
+def _is_left_out(site: AttentionSite, trained: set[int]) -> bool:
+    """Whether a layer has trainable parameters, and none of them is among those trained, by id."""
+    trainable = {id(p) for p in site.module.parameters() if p.requires_grad}
+    return bool(trainable) and not trainable & trained
+
+
 def _check_trained(sites: Sequence[AttentionSite], parameters: Iterable[Tensor]) -> None:
     trained = set(map(id, parameters))
     for site in sites:
-        trainable = {id(p) for p in site.module.parameters() if p.requires_grad}
-        if trainable and not trainable & trained:
+        if _is_left_out(site, trained):
             raise ValueError(
                 f"layer {site.name!r} is to be scaled, but none of its trainable parameters is "
                 "in the optimizer: add them to it, or leave the layer alone with the scale None"

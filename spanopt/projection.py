@@ -102,13 +102,8 @@ def orthonormal(basis: Tensor, *, ridge: float | None = None, mask: Tensor | Non
     q = basis.detach().to(dtype).reshape(-1, *basis.shape[-2:])
     if mask is not None:
         q = torch.where(mask.expand(basis.shape[:-1]).reshape(len(q), -1, 1), q, 0)
-    identity = torch.eye(q.shape[-1], dtype=dtype, device=q.device)
-    identity = identity.expand(q.shape[0], -1, -1).contiguous()
     with _full_precision(basis.device.type):
-        ridge = max(default_ridge(dtype), ridge or 0.0)
-        whitened, gram, failed = _whiten(q, ridge, identity, None)
-        inverse, failed_again = _inverse_factor(gram, identity)
-        failed = (failed + failed_again)[:, None, None] > 0
+        whitened, inverse, failed = _factored(q, max(default_ridge(dtype), ridge or 0.0), None)
         return torch.where(failed, torch.nan, whitened @ inverse).reshape(basis.shape)
 
 
@@ -318,13 +313,9 @@ def _project(
     if mask is not None:
         real = mask.expand(basis.shape[:-1]).reshape(count, basis.shape[-2], 1)
         q, g = torch.where(real, q, 0), torch.where(real, g, 0)
-    identity = torch.eye(q.shape[-1], dtype=dtype, device=q.device)
-    identity = identity.expand(q.shape[0], -1, -1).contiguous()
     with _full_precision(basis.device.type):
-        whitened, gram, failed = _whiten(q, ridge, identity, spread)
-        inverse, failed_again = _inverse_factor(gram, identity)
+        whitened, inverse, failed = _factored(q, ridge, spread)
         coefficients = inverse @ (inverse.mT @ _total(whitened.mT @ g, spread))
-        failed = (failed + failed_again)[:, None, None] > 0
         coefficients = torch.where(failed, torch.nan, coefficients)
         if factor is not None:  # on the small matrix, which saves a pass over the tokens
             by_head = coefficients.reshape(*basis.shape[:-2], *coefficients.shape[1:]) * factor
@@ -337,6 +328,15 @@ def _full_precision(device_type: str) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def _factored(q: Tensor, ridge: float, spread: Spread | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A and T with P = A T (A T)^T, and for each matrix whether there are none."""
+    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    identity = identity.expand(q.shape[0], -1, -1).contiguous()
+    whitened, gram, failed = _whiten(q, ridge, identity, spread)
+    inverse, failed_again = _inverse_factor(gram, identity)
+    return whitened, inverse, (failed + failed_again)[:, None, None] > 0
 
 
 def _whiten(

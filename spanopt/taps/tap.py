@@ -61,11 +61,6 @@ class SideScale(NamedTuple):
     setup: str = "span"
     preserve_norm: bool = False
 
-    @property
-    def method(self) -> Method:
-        """How gradients are rescaled, beside the factors."""
-        return Method(*self[2:])
-
     @classmethod
     def of(
         cls,
