@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test soak docs lint clean
+.PHONY: demo test soak docs study study-quick evidence lint clean
 
 demo: .venv/demo.stamp
 	.venv/bin/python examples/train_text.py $(ARGS)
@@ -19,6 +19,17 @@ soak: .venv/test-loops.stamp
 docs: .venv/test-loops.stamp
 	.venv/bin/python -m pytest -n 2 tests/test_transformers.py tests/test_libraries.py \
 		--models-table docs/models.md
+
+# A small part of the study, from the start, in minutes; the whole takes hours and resumes.
+study-quick: .venv/study.stamp
+	.venv/bin/python benchmarks/study.py quick $(ARGS)
+
+study: .venv/study.stamp
+	.venv/bin/python benchmarks/study.py run $(ARGS)
+
+# docs/evidence.md, from the results.
+evidence: .venv/study.stamp
+	.venv/bin/python benchmarks/study.py report $(ARGS)
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff check .

@@ -1,6 +1,7 @@
 """Span-scaled attention gradients for any PyTorch optimizer and any transformer."""
 
 from spanopt.attach import SpanHooks, UnscaledLayerError, attach
+from spanopt.monitor import SpanMonitor
 from spanopt.node import span_node
 from spanopt.optimizer import SpanScaledOptimizer
 from spanopt.projection import decompose, project, rescale
@@ -13,6 +14,7 @@ __all__ = [
     "AttentionSite",
     "SpanGroup",
     "SpanHooks",
+    "SpanMonitor",
     "SpanScale",
     "SpanScaledOptimizer",
     "SpanScheduler",

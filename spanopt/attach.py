@@ -28,6 +28,7 @@ from spanopt.sites import AttentionSite, find_attention, is_inside, named_module
 from spanopt.taps import HANDLERS
 from spanopt.taps.projection import Projection, ProjectionTap, owns_projections, projections_of
 from spanopt.taps.tap import Tap, remove_stale, thread
+from spanopt.taps.watcher import Watcher
 
 __all__ = ["SpanHooks", "UnscaledLayerError", "attach"]
 
@@ -318,6 +319,19 @@ class SpanHooks:
             if tap.site.name in names:
                 tap.held = True
                 tap.set_scale(group.scale)
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Have somebody told of Q, K and their gradients, from the next forward pass on.
+
+        Args:
+            watcher: Who is told; ``None`` for nobody.
+
+        Example:
+            >>> from torch import nn
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).watch(None)
+        """
+        for tap in self._taps:
+            tap.watcher = watcher
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scales, as numbers, strings, lists, dicts and ``None``.

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from spanopt.taps.masks import Tokens, allowed, appended, read, real_tokens
 from spanopt.taps.tap import SideScale, Tap, other_sides
+from spanopt.taps.watcher import Watcher
 
 __all__ = ["HANDLERS"]
 
@@ -54,12 +55,12 @@ def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any
     tap.refuse_vmap(*sources)
     lengths = tuple(x.shape[0] for x in (query, key))
     tap.mark("packed", heads, heads, bound["embed_dim_to_check"] // heads, lengths)
-    if tap.query.mode == tap.key.mode == "identity":
+    if tap.is_idle:
         return func(*args, **kwargs)
     queries, keys = (tokens or Tokens() for tokens in tap.given() or (None, None))
     keys = appended(keys, (bound["bias_k"] is not None) + bool(bound["add_zero_attn"]))
     same = query is key or (query.shape == key.shape and tap.is_self_attention(query, key))
-    values = (*tap.query, *tap.key, *queries, *keys, same, tap.site.name, heads)
+    values = (*tap.query, *tap.key, *queries, *keys, same, tap.site.name, heads, tap.watcher)
     if tap.checkpoints:
         return _forward_keeping(tap.keeping, *values, *args, **kwargs)
     return _forward(*values, *args, **kwargs)
@@ -74,8 +75,8 @@ def _forward_keeping(keeping: Any, *args: Any, **kwargs: Any) -> Any:
     # torch.compile takes tensors and numbers across this border, so all comes unpacked.
     scales = SideScale(*args[:5]), SideScale(*args[5:10])
     given = Tokens(*args[10:12]), Tokens(*args[12:14])
-    self_attention, layer, heads, *rest = args[14:]
-    with _ScoreProduct(scales, given, self_attention, layer, heads, keeping):
+    self_attention, layer, heads, watcher, *rest = args[14:]
+    with _ScoreProduct(scales, given, self_attention, layer, heads, watcher, keeping):
         return _transparent(*rest, **kwargs)
 
 
@@ -89,6 +90,7 @@ class _ScoreProduct(TorchFunctionMode):
         self_attention: bool,
         layer: str,
         heads: int,
+        watcher: Watcher | None,
         keeping: Any,
     ) -> None:
         super().__init__()
@@ -97,6 +99,7 @@ class _ScoreProduct(TorchFunctionMode):
         self.self_attention = self_attention
         self.layer = layer
         self.heads = heads
+        self.watcher = watcher
         self.keeping = keeping
         self.done = False
 
@@ -107,22 +110,30 @@ class _ScoreProduct(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.done = True
             query, key, value, mask, *rest = args
-            query, key = self._on(query, key, mask)
+            query, key, real = self._on(query, key, mask)
+            if self.watcher is not None:
+                self.watcher.scores(self.layer, query, key, real, mask, *rest, **kwargs)
             return func(query, key, value, mask, *rest, **kwargs)
         if func is torch.bmm or func is torch.baddbmm:
             self.done = True
             *bias, query, key = args
             by_head = (self._split(query), self._split(key.mT))
-            query, key = (x.flatten(0, 1) for x in self._on(*by_head, bias[0] if bias else None))
-            return func(*bias, query, key.mT)  # type: ignore[call-overload]
+            query, key, real = self._on(*by_head, bias[0] if bias else None)
+            scores = func(*bias, query.flatten(0, 1), key.flatten(0, 1).mT)  # type: ignore[call-overload]
+            if self.watcher is not None:
+                weights = self._split(scores.detach()).softmax(-1)
+                self.watcher.weights(self.layer, weights, real)
+            return scores
         return func(*args, **kwargs)
 
     def _split(self, x: Tensor) -> Tensor:
         """Return (batch, heads, N, d) for (batch * heads, N, d)."""
         return x.unflatten(0, (x.shape[0] // self.heads, self.heads))
 
-    def _on(self, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Put the nodes on (batch, heads, N, d)."""
+    def _on(
+        self, query: Tensor, key: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Put the nodes on (batch, heads, N, d), and tell the real queries."""
         queries, keys = real_tokens(
             query,
             key,
@@ -133,8 +144,10 @@ class _ScoreProduct(TorchFunctionMode):
         )
         with self.keeping():
             of_query, of_key = other_sides(self.query.setup, self.layer, query, key)
-            query = self.query.on(query, *queries, of_query)
-            return query, self.key.on(key, *keys, of_key)
+            watch = self.watcher, self.layer
+            query = self.query.on(query, *queries, of_query, watch=(*watch, "query"))
+            key = self.key.on(key, *keys, of_key, watch=(*watch, "key"))
+        return query, key, queries.mask
 
 
 HANDLERS = {"multi_head_attention_forward": _multi_head_attention_forward}

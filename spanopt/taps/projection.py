@@ -19,6 +19,7 @@ from spanopt.setups import NEED_OTHER
 from spanopt.sites import AttentionSite
 from spanopt.taps.masks import Tokens, given_tokens
 from spanopt.taps.tap import Tap, thread
+from spanopt.taps.watcher import Watched, Watcher
 
 __all__ = ["Projection", "ProjectionTap", "owns_projections", "projections_of"]
 
@@ -232,7 +233,7 @@ class ProjectionTap(Tap):
             scale = self.query if side == "query" else self.key
             tokens = given_tokens(given[side], shape, side, layer) or Tokens()
             settings += [*scale, *tokens]
-        idle = all(mode == "identity" for mode in settings[::_PER_SIDE])
+        idle = self.watcher is None and all(mode == "identity" for mode in settings[::_PER_SIDE])
         if idle or not (output.requires_grad and torch.is_grad_enabled()):
             return output
         thread.busy = True  # compiled code traces the backward here, where there is no call
@@ -244,7 +245,32 @@ class ProjectionTap(Tap):
         finally:
             thread.busy = False
         call.streams.follow("", result, (output,), {})
+        if self.watcher is not None:
+            self._watch(self.watcher, projection, output.detach(), settings, result)
         return result
+
+    def _watch(
+        self,
+        watcher: Watcher,
+        projection: Projection,
+        output: Tensor,
+        settings: list[Any],
+        result: Tensor,
+    ) -> None:
+        """Have a watcher told of the gradients of each side."""
+
+        def note(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+            for i, (side, first, count) in enumerate(projection.sides):
+                part = projection.blocks, projection.width, first, count
+                x, given, rescaled = (
+                    _heads(x, *part).flatten(-4, -3) for x in (output, outputs[0], inputs[0])
+                )
+                tokens = settings[i * _PER_SIDE + 5 : (i + 1) * _PER_SIDE]
+                watched = Watched(self.site.name, side, x, self.method, *tokens)
+                watcher.gradients(watched, given, rescaled)
+
+        assert result.grad_fn is not None
+        result.grad_fn.register_hook(note)
 
     def _note(self, side: str, shape: torch.Size) -> None:
         """Mark the layer as seen once the shapes of both sides are known."""
@@ -275,6 +301,12 @@ class ProjectionTap(Tap):
 _PER_SIDE = 7  # mode, factors, ridge, setup, preserve_norm, mask, documents
 
 
+def _heads(x: Tensor, blocks: int, width: int, first: int, count: int) -> Tensor:
+    """Return the heads of one side in a module's output, shape (..., blocks, count, N, d)."""
+    heads = x.view(*x.shape[:-1], blocks, width, -1)[..., first : first + count, :]
+    return heads.movedim(-4, -2)
+
+
 class _ProjectionNode(torch.autograd.Function):
     @staticmethod
     def forward(output: Tensor, *rest: Any) -> Tensor:
@@ -297,12 +329,7 @@ class _ProjectionNode(torch.autograd.Function):
             if mode == "identity":
                 continue
             # (..., blocks, count, N, d), of which (..., H, N, d) may be a copy.
-            part, basis = (
-                t.view(*t.shape[:-1], ctx.blocks, ctx.width, -1)[
-                    ..., first : first + count, :
-                ].movedim(-4, -2)
-                for t in (grad, x)
-            )
+            part, basis = (_heads(t, ctx.blocks, ctx.width, first, count) for t in (grad, x))
             parallel, violation = factors.unbind()
             mask, documents = masks[2 * i : 2 * i + 2]
             g, x_of_side = part.flatten(-4, -3), basis.flatten(-4, -3)

@@ -16,6 +16,7 @@ from torch import Tensor
 from spanopt.node import switch_on, switched_node
 from spanopt.taps.masks import Read, Tokens, allowed, allowed_by_fill, both, by_document, read
 from spanopt.taps.tap import Handler, Tap, other_sides
+from spanopt.taps.watcher import Watched, watch_node
 
 __all__ = ["HANDLERS"]
 
@@ -27,11 +28,13 @@ class _Operand(NamedTuple):
         x: Shape ``(B, ..., L, d)``.
         node: The same with a node on it.
         switches: Those of the node; ``None`` where there is nothing to do.
+        other: The other side, where the projection needs it.
     """
 
     x: Tensor
     node: Tensor
     switches: tuple[Tensor, Tensor] | None
+    other: Tensor | None = None
 
 
 class _Product(NamedTuple):
@@ -236,7 +239,7 @@ def _product(tap: Tap, left: Tensor, right: Tensor, x: Tensor, y: Tensor) -> _Pr
 
 def _operand(tap: Tap, x: Tensor, given: Tokens | None, other: Tensor | None) -> _Operand:
     query, key = tap.query, tap.key
-    if not (x.requires_grad and torch.is_grad_enabled()) or query.mode == key.mode == "identity":
+    if not (x.requires_grad and torch.is_grad_enabled()) or tap.is_idle:
         return _Operand(x, x, None)
     with tap.keeping():
         node, switch, real = switched_node(
@@ -248,7 +251,7 @@ def _operand(tap: Tap, x: Tensor, given: Tokens | None, other: Tensor | None) ->
             other=other,
             documents=None if given is None else by_document(given, x.shape),
         )
-    return _Operand(x, node, (switch, real))
+    return _Operand(x, node, (switch, real), other)
 
 
 # The way from the product to the softmax.
@@ -432,11 +435,16 @@ def _softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         # Where there are softmaxes over both axes, the first one tells which are the keys.
         if not product.swapped:
             product.swapped.append(axis == scores.axes[0])
-        x = _switch_on(tap, x, product, scores.read)
-    return _carry(tap, func(x, *rest, **kwargs), _WEIGHTS)
+        x, real = _switch_on(tap, x, product, scores.read)
+    weights = func(x, *rest, **kwargs)
+    if tap.watcher is not None:
+        by_query = weights.detach() if axis == -1 else weights.detach().transpose(axis, -1)
+        tap.watcher.weights(tap.site.name, by_query, real)
+    return _carry(tap, weights, _WEIGHTS)
 
 
-def _switch_on(tap: Tap, x: Tensor, product: _Product, read: Read) -> Tensor:
+def _switch_on(tap: Tap, x: Tensor, product: _Product, read: Read) -> tuple[Tensor, Tensor | None]:
+    """Turn the nodes of a product on, in its scores, and tell the real queries."""
     query, key = product.left, product.right
     (swapped,) = product.swapped
     if swapped:
@@ -454,7 +462,10 @@ def _switch_on(tap: Tap, x: Tensor, product: _Product, read: Read) -> Tensor:
         if operand.switches is not None:
             mask = None if real.mask is None else real.mask.reshape(-1, real.mask.shape[-1])
             x = switch_on(x, *operand.switches, side=side, mask=mask)
-    return x
+            if tap.watcher is not None:
+                of_node = tap.site.name, side, operand.x, tap.method, *real, operand.other
+                watch_node(tap.watcher, Watched(*of_node), operand.node)
+    return x, tokens[0].mask
 
 
 # fmt: off

@@ -29,6 +29,7 @@ from spanopt.sites import AttentionSite
 from spanopt.taps.masks import Read, Tokens, real_tokens
 from spanopt.taps.notes import Notes
 from spanopt.taps.streams import Streams
+from spanopt.taps.watcher import Watched, Watcher, watch_node
 
 __all__ = [
     "Call",
@@ -97,6 +98,8 @@ class SideScale(NamedTuple):
         mask: Tensor | None = None,
         documents: Tensor | None = None,
         other: Tensor | None = None,
+        *,
+        watch: tuple[Watcher | None, str, str] = (None, "", ""),
     ) -> Tensor:
         """Put the node on Q or K.
 
@@ -105,13 +108,24 @@ class SideScale(NamedTuple):
             mask: Boolean, broadcastable to ``(..., H, N)``, true at real tokens.
             documents: As in :func:`~spanopt.projection.rescale_by_document`.
             other: The other side, where the projection needs it.
+            watch: Who is told, if anyone, and the names of layer and side.
 
         Returns:
             A view of ``x``, or ``x`` itself where there is nothing to do.
         """
-        if self.mode == "identity" or not x.requires_grad:
+        watcher, layer, side = watch
+        if not x.requires_grad or (self.mode == "identity" and watcher is None):
             return x
-        if self.mode == "uniform":
+        node = self._node(x, mask, documents, other)
+        if watcher is not None:
+            method = Method(self.ridge, self.setup, self.preserve_norm)
+            watch_node(watcher, Watched(layer, side, x, method, mask, documents, other), node)
+        return node
+
+    def _node(
+        self, x: Tensor, mask: Tensor | None, documents: Tensor | None, other: Tensor | None
+    ) -> Tensor:
+        if self.mode != "general":
             return uniform_node(x, self.factors[0])
         parallel, violation = self.factors.unbind()
         return span_node(
@@ -228,6 +242,7 @@ class Tap(TorchFunctionMode):
         called: Set when any attention call was made.
         multiplied: Set in a call when activations were multiplied as queries and keys may be.
         lost: Set when, after that, a softmax was taken of something else.
+        watcher: Who is told of Q, K and their gradients, just now.
         held: Set when the scales are moved by a schedule: see :meth:`spanopt.SpanHooks.hold`.
         checkpoints: Set while the layer runs a part of itself under activation checkpointing.
         removed: Set when the tap was taken off its layer: it then does nothing.
@@ -248,6 +263,7 @@ class Tap(TorchFunctionMode):
         self.called = False
         self.multiplied = False
         self.lost = False
+        self.watcher: Watcher | None = None
         self.held = False
         self.removed = False
         self._handlers = handlers
@@ -521,8 +537,13 @@ class Tap(TorchFunctionMode):
 
     def projects(self, *tensors: Tensor) -> bool:
         """Whether a node on one of these will project, which is when real tokens matter."""
-        general = self.query.mode == "general" or self.key.mode == "general"
+        general = "general" in (self.query.mode, self.key.mode) or self.watcher is not None
         return general and any(x.requires_grad for x in tensors) and torch.is_grad_enabled()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no node is needed."""
+        return self.query.mode == self.key.mode == "identity" and self.watcher is None
 
     def is_self_attention(self, query: Tensor, key: Tensor) -> bool:
         """Whether Q and K were computed from the same of the layer's inputs."""

@@ -1,0 +1,228 @@
+"""The page of results: a text with tables, figures and numbers filled in."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from harness.experiment import Experiment
+from harness.statistics import Change, adjusted, compare
+from harness.store import Store
+
+__all__ = ["Report", "in_words", "save"]
+
+_PLACEHOLDER = re.compile(r"\[\[(\w+) ([\w-]+)(?: \| ([^\]]+))?\]\]")
+_COLOURS = ("#4C72B0", "#C44E52", "#55A868", "#8172B3", "#CCB974", "#64B5CD", "#8C8C8C")
+
+
+class Report:
+    """Fills results into a text.
+
+    Placeholders are ``[[table NAME]]``, ``[[figure NAME | CAPTION]]``, and, inside a sentence,
+    ``[[change NAME | ARM]]``, ``[[loss NAME | ARM]]``, ``[[lr NAME | ARM]]``,
+    ``[[time NAME | ARM]]`` and ``[[seeds NAME]]``.
+
+    Args:
+        experiments: Experiments by name.
+        store: Their results.
+    """
+
+    def __init__(self, experiments: Mapping[str, Experiment], store: Store) -> None:
+        self.experiments = experiments
+        self.store = store
+
+    def page(self, template: str) -> str:
+        """Return the text with every placeholder filled in.
+
+        Args:
+            template: The text.
+
+        Raises:
+            ValueError: A placeholder that names nothing, or that there are no results for.
+        """
+        return _PLACEHOLDER.sub(self._fill, template)
+
+    def _fill(self, match: re.Match[str]) -> str:
+        kind, name, arm = match.groups()
+        kinds: dict[str, Callable[[], str]] = {
+            "table": lambda: self.table(self._experiment(name)),
+            "figure": lambda: f"![{arm}](evidence-{name}.png)",
+            "change": lambda: in_words(self.change(self._experiment(name), arm)),
+            "loss": lambda: f"{self.loss(self._experiment(name), arm):.4f}",
+            "lr": lambda: f"{self.lr(self._experiment(name), arm):.2g}",
+            "time": lambda: f"{self.time_ratio(self._experiment(name), arm):.2f}",
+            "seeds": lambda: str(len(self._experiment(name).seeds)),
+        }
+        if kind not in kinds:
+            raise ValueError(f"no placeholder is named {kind!r}, only {', '.join(kinds)}")
+        try:
+            return kinds[kind]()
+        except (KeyError, LookupError) as error:
+            raise ValueError(f"{match[0]}: {error}") from error
+
+    def _experiment(self, name: str) -> Experiment:
+        if name not in self.experiments:
+            raise LookupError(f"no experiment is named {name!r}")
+        return self.experiments[name]
+
+    def lr(self, experiment: Experiment, arm: str) -> float:
+        """Return the learning rate that an arm was compared at."""
+        if arm not in experiment.arms:
+            raise LookupError(f"{experiment.name} has no arm {arm!r}")
+        lr = experiment.best_lr(arm, self.store)
+        if lr is None:
+            raise LookupError(f"the learning rate of {arm!r} has not been chosen yet")
+        return lr
+
+    def results(self, experiment: Experiment, arm: str) -> list[dict[str, Any]]:
+        """Return the results by which an arm is compared, in the order of seeds."""
+        trials = experiment.comparison(arm, self.lr(experiment, arm))
+        results = [self.store.get(trial) for trial in trials]
+        missing = sum(result is None for result in results)
+        if missing:
+            raise LookupError(f"{missing} runs of {arm!r} are missing")
+        return [result for result in results if result is not None]
+
+    def losses(self, experiment: Experiment, arm: str) -> list[float | None]:
+        """Return an arm's losses on the reporting split."""
+        return [result["reporting"] for result in self.results(experiment, arm)]
+
+    def loss(self, experiment: Experiment, arm: str) -> float:
+        """Return an arm's mean loss on the reporting split, NaN if a run diverged."""
+        losses = [math.nan if x is None else x for x in self.losses(experiment, arm)]
+        return math.fsum(losses) / len(losses)
+
+    def change(self, experiment: Experiment, arm: str) -> Change:
+        """Compare an arm with its baseline."""
+        baseline = self.losses(experiment, experiment.baseline_of(arm))
+        return compare(self.losses(experiment, arm), baseline)
+
+    def time_ratio(self, experiment: Experiment, arm: str) -> float:
+        """Return the median ratio of an arm's step time to its baseline's, over seeds."""
+        baseline = self.results(experiment, experiment.baseline_of(arm))
+        ratios = sorted(
+            mine["step_ms"] / other["step_ms"]
+            for mine, other in zip(self.results(experiment, arm), baseline, strict=True)
+        )
+        return ratios[len(ratios) // 2]
+
+    def steps_to(self, experiment: Experiment, arm: str) -> str:
+        """Return how many steps an arm takes to its baseline's loss at the curve's last point."""
+        curve = self.mean_curve(experiment, arm)
+        last_step, goal = self.mean_curve(experiment, experiment.baseline_of(arm))[-1]
+        before = (0, math.inf)
+        for step, loss in curve:
+            if loss <= goal:
+                if before[1] == math.inf:
+                    return str(step)
+                share = (before[1] - goal) / (before[1] - loss)
+                return str(round(before[0] + share * (step - before[0])))
+            before = (step, loss)
+        return f"> {last_step}"
+
+    def mean_curve(self, experiment: Experiment, arm: str) -> list[tuple[int, float]]:
+        """Return an arm's validation loss over the steps, mean over seeds."""
+        curves = [dict(result["curve"]) for result in self.results(experiment, arm)]
+        steps = [step for step in curves[0] if all(curve.get(step) for curve in curves)]
+        return [(step, math.fsum(curve[step] for curve in curves) / len(curves)) for step in steps]
+
+    def table(self, experiment: Experiment) -> str:
+        """Return the comparison as a Markdown table."""
+        others = [arm for arm in experiment.arms if arm != experiment.baseline_of(arm)]
+        changes = {arm: self.change(experiment, arm) for arm in others}
+        adjusted_p = adjusted([change.p for change in changes.values()])
+        rows = ["| arm | learning rate | loss | change, % | 95 % interval | sd | p | adjusted p |"]
+        rows.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        p_of = dict(zip(changes, adjusted_p, strict=True))
+        for arm in experiment.arms:
+            cells = [arm, f"{self.lr(experiment, arm):.2g}", f"{self.loss(experiment, arm):.4f}"]
+            if arm in changes:
+                change = changes[arm]
+                cells += [
+                    f"{change.mean:+.2f}",
+                    f"{change.low:+.2f} to {change.high:+.2f}",
+                    f"{change.spread:.2f}",
+                    f"{change.p:.2g}",
+                    f"{p_of[arm]:.2g}",
+                ]
+                if change.diverged:
+                    cells[0] += f" ({change.diverged} diverged)"
+            else:
+                cells += ["", "", "", "", ""]
+            rows.append(f"| {' | '.join(cells)} |")
+        return "\n".join(rows)
+
+    def forest(self, experiment: Experiment) -> Figure:
+        """Draw every arm's change with its interval."""
+        arms = [arm for arm in experiment.arms if arm != experiment.baseline_of(arm)]
+        changes = [self.change(experiment, arm) for arm in arms]
+        near = [i for i, change in enumerate(changes) if abs(change.mean) < 8]
+        figure = Figure(figsize=(8, 0.9 + 0.3 * len(near)), layout="constrained")
+        axes = figure.subplots()
+        for row, i in enumerate(near):
+            change = changes[i]
+            clear = change.low > 0 or change.high < 0
+            colour = ("#C44E52" if change.mean > 0 else "#55A868") if clear else "#8C8C8C"
+            axes.plot([change.low, change.high], [row, row], color=colour, linewidth=2)
+            axes.plot(change.mean, row, "o", color=colour)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(near)), [arms[i] for i in near])
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+        seeds = len(experiment.seeds)
+        axes.set_xlabel(
+            f"change of validation loss, % (below 0 is better); {seeds} paired seeds, 95 % interval"
+        )
+        return figure
+
+    def heatmap(self, experiment: Experiment, factors: Sequence[float]) -> Figure:
+        """Draw the change over a grid of parallel by violation."""
+        figure = Figure(figsize=(6.4, 5), layout="constrained")
+        axes = figure.subplots()
+        base = self.loss(experiment, experiment.baseline)
+        values = [
+            [100 * (self.loss(experiment, f"({a:g}, {b:g})") / base - 1) for a in factors]
+            for b in factors
+        ]
+        limit = 3.0
+        image = axes.imshow(values, origin="lower", cmap="RdYlGn_r", vmin=-limit, vmax=limit)
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                axes.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=9)
+        labels = [f"{factor:g}" for factor in factors]
+        axes.set_xticks(range(len(factors)), labels)
+        axes.set_yticks(range(len(factors)), labels)
+        axes.set(xlabel="parallel", ylabel="violation")
+        label = f"change of validation loss, % (mean of {len(experiment.seeds)} seeds)"
+        figure.colorbar(image, ax=axes, label=label, extend="both")
+        return figure
+
+    def rates(self, experiment: Experiment, arms: Sequence[str]) -> Figure:
+        """Draw the loss on the tuning split over the learning rate."""
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        for arm, colour in zip(arms, _COLOURS, strict=False):
+            losses = experiment.swept(arm, self.store)
+            shown = {lr: loss for lr, loss in losses.items() if math.isfinite(loss)}
+            axes.plot([*shown], [*shown.values()], marker="o", color=colour, label=arm)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([*shown], [f"{lr:.2g}" for lr in shown], minor=False)
+        axes.set(xlabel="peak learning rate", ylabel="validation loss, nats")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return figure
+
+
+def in_words(change: Change) -> str:
+    """Return a change with its interval."""
+    return f"{change.mean:+.2f} % ({change.low:+.2f} to {change.high:+.2f})"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, without a date in it."""
+    figure.savefig(path, dpi=130, metadata={"Software": None})

@@ -1,0 +1,93 @@
+"""Results on disk: append-only files of one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from harness.tasks import Text
+from harness.trial import Trial
+
+__all__ = ["Store"]
+
+
+class Store:
+    """The results of all experiments, found by trial.
+
+    One file for each experiment, ``<name>.jsonl``. What a killed run had half written is cut off
+    when that experiment goes on, so nothing is lost but the trials in progress.
+
+    Args:
+        folder: Where the files are.
+
+    Raises:
+        ValueError: A line that is no result.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._records: dict[str, dict[str, Any]] = {}
+        self.texts: dict[str, str] = {}
+        for path in sorted(folder.glob("*.jsonl")):
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
+                continue  # half written when a run was killed
+            try:
+                record = json.loads(line)
+                trial = Trial.read(record["trial"])
+                self.texts[record["text"]["sha256"]] = record["text"]["name"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}, is not a result: {error!r}") from error
+            self._records[trial.key] = record
+
+    def get(self, trial: Trial) -> dict[str, Any] | None:
+        """Return the result of a trial, ``None`` if it has not been run."""
+        record = self._records.get(trial.key)
+        return None if record is None else record["result"]
+
+    def check_text(self, text: Text) -> None:
+        """Refuse to mix results of two texts.
+
+        Raises:
+            ValueError: There are results of another text.
+        """
+        others = [name for digest, name in self.texts.items() if digest != text.digest]
+        if others:
+            raise ValueError(
+                f"{self.folder} has results of another text, {others[0]!r}, and this run's is "
+                f"{text.name!r}: choose another folder with --out"
+            )
+
+    def append(self, experiment: str, trial: Trial, text: Text, result: dict[str, Any]) -> None:
+        """Keep a result, on disk when this returns."""
+        record = {
+            "trial": asdict(trial),
+            "text": {"name": text.name, "sha256": text.digest},
+            "result": result,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{experiment}.jsonl"
+        with open(path, "a+b") as file:
+            cut_unfinished_line(file)
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._records[trial.key] = record
+        self.texts[text.digest] = text.name
+
+
+def cut_unfinished_line(file: Any) -> None:
+    """Cut off what comes after the last newline of a file open for appending."""
+    end = file.seek(0, os.SEEK_END)
+    if end == 0:
+        return
+    file.seek(0)
+    whole = file.read().rfind(b"\n") + 1
+    if whole < end:
+        file.truncate(whole)

@@ -1,0 +1,151 @@
+"""Running one trial."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from harness.optimizers import build_optimizers, scheduled
+from harness.tasks import Task, Text, build_task
+from harness.trial import Trial
+from spanopt import SpanScale, SpanScaledOptimizer, SpanScheduler, find_attention
+from spanopt.scheduler import linear
+
+__all__ = ["run_trial"]
+
+WARM_UP = 0.1
+POINTS = 12  # on the curve
+
+
+def run_trial(trial: Trial, text: Text) -> dict[str, Any]:
+    """Train one model.
+
+    Args:
+        trial: What to train and how.
+        text: What to train on.
+
+    Returns:
+        ``tuning`` and ``reporting``, the final losses on the two splits of the validation data, in
+        the task's unit and ``None`` if training diverged; ``curve``, pairs of a step and the loss
+        on part of the reporting split; ``seconds`` of training, without evaluation; and
+        ``step_ms``, the median time of a step.
+    """
+    torch.manual_seed(trial.seed)
+    task = build_task(trial, text)
+    optimizers = build_optimizers(trial, task.model)
+    stepped: list[Any] = [*optimizers]
+    schedulers = [learning_rates(x, trial) for x in scheduled(trial, optimizers)]
+    if trial.scaled and trial.path == "both":
+        # the first one has the parameters of the attention layers
+        stepped[0] = wrap(optimizers[0], task.model, trial)
+        schedulers += scale_schedulers(stepped[0], trial)
+    averaged = [optimizer for optimizer in optimizers if hasattr(optimizer, "eval")]
+    for optimizer in averaged:
+        optimizer.train()
+    rng = np.random.default_rng(trial.seed)
+    task.model.train()
+    seconds, curve = [], []
+    every = math.ceil(trial.steps / POINTS)
+    for step in range(1, trial.steps + 1):
+        batch = task.batch(rng)
+        start = time.perf_counter()
+        loss = train_step(task, batch, stepped, trial)
+        for scheduler in schedulers:
+            scheduler.step()
+        value = loss.item()
+        seconds.append(time.perf_counter() - start)
+        if not math.isfinite(value):
+            break
+        if step % every == 0 and step < trial.steps:
+            curve.append((step, evaluate(task, task.probe, averaged)))
+    losses = {name: evaluate(task, part, averaged) for name, part in task.splits.items()}
+    return {
+        **losses,
+        "curve": curve,
+        "seconds": round(sum(seconds), 3),
+        "step_ms": round(1e3 * statistics.median(seconds), 3),
+    }
+
+
+def train_step(task: Task, batch: Any, optimizers: list[Any], trial: Trial) -> Tensor:
+    """Take one optimizer step and return the loss of the batch."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss = task.loss(task.model, batch)
+    loss.backward()
+    if trial.clip:
+        nn.utils.clip_grad_norm_(task.model.parameters(), trial.clip)
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.detach()
+
+
+def wrap(optimizer: torch.optim.Optimizer, model: nn.Module, trial: Trial) -> SpanScaledOptimizer:
+    """Wrap an optimizer as the trial says."""
+    pair, same = (trial.parallel, trial.violation), (1.0, 1.0)
+    scale = SpanScale(
+        query=pair if trial.side in ("both", "query") else same,
+        key=pair if trial.side in ("both", "key") else same,
+    )
+    names = [site.name for site in find_attention(model)]
+    chosen = {"all": names, "first": names[:1], "last": names[-1:]}[trial.where]
+    return SpanScaledOptimizer(
+        optimizer,
+        model,
+        scales={name: scale if name in chosen else None for name in names},
+        projection=random_subspace if trial.projection == "random" else trial.projection,
+        preserve_norm=trial.preserve_norm,
+    )
+
+
+def random_subspace(
+    grad: Tensor,
+    basis: Tensor,
+    other: Tensor,
+    *,
+    ridge: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Project onto a random subspace of the dimension that the span has, a new one each time."""
+    directions, _ = torch.linalg.qr(torch.randn_like(basis))
+    return directions @ (directions.mT @ grad)
+
+
+def learning_rates(optimizer: torch.optim.Optimizer, trial: Trial) -> Any:
+    """Return the learning-rate scheduler of an optimizer."""
+    warm_up = max(1, round(WARM_UP * trial.steps))
+
+    def factor(step: int) -> float:
+        if trial.lr_schedule == "constant":
+            return 1.0
+        return min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / trial.steps)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def scale_schedulers(optimizer: SpanScaledOptimizer, trial: Trial) -> Iterable[SpanScheduler]:
+    """Return the scheduler of the scales, if they move."""
+    if trial.scale_schedule == "warm-up":
+        yield SpanScheduler(optimizer, linear(trial.steps // 3))
+    if trial.scale_schedule == "decay":
+        yield SpanScheduler(optimizer, lambda step: max(0.0, 1 - step / trial.steps))
+
+
+@torch.no_grad()
+def evaluate(task: Task, data: Any, averaged: list[Any]) -> float | None:
+    """Return the mean loss on validation data, ``None`` if it is not finite."""
+    task.model.eval()
+    for optimizer in averaged:  # schedule-free evaluates at an average of the weights
+        optimizer.eval()
+    loss = task.validate(task.model, data)
+    for optimizer in averaged:
+        optimizer.train()
+    task.model.train()
+    return loss if math.isfinite(loss) else None

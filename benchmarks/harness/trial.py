@@ -1,0 +1,81 @@
+"""One training run, described so that it can be repeated."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["Trial"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """All that decides the outcome of a run, apart from the text and the version of PyTorch.
+
+    Two trials that differ only in how attention's gradients are scaled start from the same weights
+    and see the same batches.
+
+    Attributes:
+        seed: Of the initial weights and of the batches.
+        lr: Peak learning rate of AdamW, or of whatever ``optimizer`` is.
+        parallel: Factor of the parallel span.
+        violation: Factor of the span violation. With both 1 nothing is wrapped.
+        side: ``"both"``, ``"query"`` or ``"key"``: what is scaled.
+        where: ``"all"``, ``"first"`` or ``"last"`` layer.
+        path: Where the scaled gradient goes on to: ``"both"``, the ``"weights"`` of the query and
+            key projections only, or their ``"inputs"`` only. The other gets the plain gradient.
+        projection: A setup of ``spanopt.setups``, or ``"random"``: a random subspace.
+        preserve_norm: Whether each scaled gradient gets its norm back.
+        scale_schedule: ``"constant"``, ``"warm-up"`` (from the identity, over the first third) or
+            ``"decay"`` (to the identity, over the whole run).
+        clip: Norm to which the gradient is clipped; 0 for no clipping.
+        lr_schedule: ``"cosine"`` (after a linear warm-up over a tenth of the steps) or
+            ``"constant"``.
+        optimizer: A name of ``harness.optimizers``.
+        task: A name of ``harness.tasks``.
+        model: ``"rotary"`` or ``"learned"``: the decoder's positions.
+        steps: Optimizer steps.
+        batch: Sequences in a batch.
+        length: Tokens in a sequence, N.
+        layers: Transformer blocks.
+        width: Their width, D.
+        heads: Attention heads; d = width / heads.
+    """
+
+    seed: int = 0
+    lr: float = 8e-3
+    parallel: float = 1.0
+    violation: float = 1.0
+    side: str = "both"
+    where: str = "all"
+    path: str = "both"
+    projection: str = "span"
+    preserve_norm: bool = False
+    scale_schedule: str = "constant"
+    clip: float = 1.0
+    lr_schedule: str = "cosine"
+    optimizer: str = "AdamW"
+    task: str = "characters"
+    model: str = "rotary"
+    steps: int = 600
+    batch: int = 8
+    length: int = 128
+    layers: int = 2
+    width: int = 64
+    heads: int = 2
+
+    @property
+    def scaled(self) -> bool:
+        """Whether anything is done to attention's gradients."""
+        return (self.parallel, self.violation) != (1.0, 1.0)
+
+    @property
+    def key(self) -> str:
+        """What identifies it among results."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Trial:
+        """Make one of a record, in which settings that did not exist yet have their defaults."""
+        return cls(**values)

@@ -1,0 +1,416 @@
+"""Does span scaling help? Arms trained on the same seeds, and compared.
+
+    python benchmarks/study.py run                  # all experiments, in order; resumes
+    python benchmarks/study.py run primary grid     # some of them
+    python benchmarks/study.py list                 # what there is, and what is left to run
+    python benchmarks/study.py report               # docs/evidence.md from the results
+    python benchmarks/study.py quick                # a small part, in minutes
+
+Each arm's learning rate is chosen by itself, on seeds and on a half of the validation text that
+take no part in the comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from harness.experiment import NEAR_NULL, TUNING_SEEDS, Experiment
+from harness.report import Report, save
+from harness.runner import run_experiments
+from harness.store import Store
+from harness.tasks import Text
+from harness.trial import Trial
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+TEMPLATE = Path(__file__).parent / "evidence.in.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PLAIN = Trial()
+LRS = (4e-3, 8e-3, 16e-3, 32e-3)
+
+
+def scaled(parallel: float, violation: float, base: Trial = PLAIN, **changes: object) -> Trial:
+    """Return a trial with scaled gradients."""
+    return replace(base, parallel=parallel, violation=violation, **changes)  # type: ignore[arg-type]
+
+
+PRIMARY = Experiment(
+    "primary",
+    "Do scaled spans help a causal language model, and is it their geometry that does?",
+    arms={
+        "plain": PLAIN,
+        "(0, 0): Q and K frozen": scaled(0, 0),
+        "(2, 1)": scaled(2, 1),
+        "uniform (2, 2)": scaled(2, 2),
+        "near-null (1.0001, 1)": scaled(NEAR_NULL, 1),
+        "(1.5, 1)": scaled(1.5, 1),
+        "(3, 1)": scaled(3, 1),
+        "(1, 0.5)": scaled(1, 0.5),
+        "(1, 0): span only": scaled(1, 0),
+        "(1, 2): violation amplified": scaled(1, 2),
+        "(0, 1): violation only": scaled(0, 1),
+        "uniform (1.5, 1.5)": scaled(1.5, 1.5),
+        "uniform (3, 3)": scaled(3, 3),
+        "uniform (0.5, 0.5)": scaled(0.5, 0.5),
+        "random subspace (2, 1)": scaled(2, 1, projection="random"),
+        "(2, 1), norm preserved": scaled(2, 1, preserve_norm=True),
+    },
+    baseline="plain",
+    lrs=LRS,
+    lr_of={"near-null (1.0001, 1)": "plain"},
+)
+
+PATHS_CLIPPED = {
+    "(2, 1)": scaled(2, 1),
+    "(2, 1) to the weights only": scaled(2, 1, path="weights"),
+    "(2, 1) to the inputs only": scaled(2, 1, path="inputs"),
+    "uniform (2, 2)": scaled(2, 2),
+    "uniform (2, 2) to the weights only": scaled(2, 2, path="weights"),
+    "uniform (2, 2) to the inputs only": scaled(2, 2, path="inputs"),
+}
+PATHS_UNCLIPPED = {
+    f"{name}, no clipping": replace(trial, clip=0.0)
+    for name, trial in PATHS_CLIPPED.items()
+    if "(2, 1) to" not in name
+}
+PATHS = Experiment(
+    "paths",
+    "By which way does the scaled gradient act: weights, earlier layers, or clipping?",
+    arms={
+        "plain": PLAIN,
+        **PATHS_CLIPPED,
+        "plain, no clipping": replace(PLAIN, clip=0.0),
+        **PATHS_UNCLIPPED,
+    },
+    baseline="plain",
+    lrs=LRS,
+    lr_of=dict.fromkeys([*PATHS_CLIPPED, "plain, no clipping", *PATHS_UNCLIPPED], "plain"),
+    baselines=dict.fromkeys(PATHS_UNCLIPPED, "plain, no clipping"),
+)
+
+FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+GRID = Experiment(
+    "grid",
+    "Which pair of scales, at plain's learning rate?",
+    arms={f"({a:g}, {b:g})": scaled(a, b) for a in FACTORS for b in FACTORS},
+    baseline="(1, 1)",
+    lrs=LRS,
+    lr_of={f"({a:g}, {b:g})": "(1, 1)" for a in FACTORS for b in FACTORS if (a, b) != (1, 1)},
+    seeds=(0, 1, 2),
+)
+
+MOVED = {
+    "query only": scaled(2, 1, side="query"),
+    "key only": scaled(2, 1, side="key"),
+    "first layer only": scaled(2, 1, where="first"),
+    "last layer only": scaled(2, 1, where="last"),
+    "scales warmed up": scaled(2, 1, scale_schedule="warm-up"),
+    "scales decaying": scaled(2, 1, scale_schedule="decay"),
+}
+PLACES = Experiment(
+    "places",
+    "Does it matter on which side, in which layer and when?",
+    arms={"plain": PLAIN, "(2, 1)": scaled(2, 1)}
+    | {f"(2, 1), {name}": trial for name, trial in MOVED.items()},
+    baseline="plain",
+    lrs=LRS,
+    lr_of=dict.fromkeys(["(2, 1)", *(f"(2, 1), {name}" for name in MOVED)], "plain"),
+)
+
+OTHER_SETUPS = {
+    f"({a:g}, {b:g}), {setup}": scaled(a, b, projection=setup)
+    for setup in ("cross", "oblique", "radial", "feature", "pooled")
+    for a, b in ((2, 1), (1, 0.5))
+}
+SETUPS = Experiment(
+    "setups",
+    "Does another notion of the parallel part do better?",
+    arms={"plain": PLAIN, "(2, 1), span": scaled(2, 1), **OTHER_SETUPS},
+    baseline="plain",
+    lrs=LRS,
+    lr_of=dict.fromkeys(["(2, 1), span", *OTHER_SETUPS], "plain"),
+)
+
+
+def main_arms(base: Trial) -> dict[str, Trial]:
+    """Return the arms that are compared in every other setting."""
+    return {
+        "plain": base,
+        "(0, 0): Q and K frozen": scaled(0, 0, base),
+        "(2, 1)": scaled(2, 1, base),
+        "uniform (2, 2)": scaled(2, 2, base),
+    }
+
+
+def elsewhere(
+    name: str,
+    question: str,
+    base: Trial,
+    lrs: tuple[float, ...] = LRS,
+    seeds: int = 10,
+    tuning_seeds: tuple[int, ...] = TUNING_SEEDS[:1],
+) -> Experiment:
+    """Return the comparison of the main arms in another setting."""
+    arms = main_arms(base)
+    return Experiment(
+        name, question, arms, "plain", lrs, tuple(range(seeds)), tuning_seeds=tuning_seeds
+    )
+
+
+SUBWORDS = elsewhere(
+    "subwords",
+    "Does it help on subwords (BPE, 1,024 of them)?",
+    replace(PLAIN, task="subwords"),
+)
+# The prototype's own recipe, at the rate that was plain's best there.
+PROTOTYPE_BASE = Trial(
+    model="learned", lr_schedule="constant", layers=3, width=96, heads=3, batch=16
+)
+PROTOTYPE = Experiment(
+    "learned-positions",
+    "Does it help without a learning-rate schedule, with learned positions and tied weights?",
+    arms={
+        "plain": PROTOTYPE_BASE,
+        "(2, 1)": scaled(2, 1, PROTOTYPE_BASE),
+        "uniform (2, 2)": scaled(2, 2, PROTOTYPE_BASE),
+        "near-null (1.0001, 1)": scaled(NEAR_NULL, 1, PROTOTYPE_BASE),
+    },
+    baseline="plain",
+    lrs=(4e-3,),
+)
+
+HEAD_DIMS = [
+    elsewhere(
+        f"head-dim-{d}",
+        f"Does it help with heads of dimension {d}?",
+        replace(PLAIN, width=128, heads=128 // d),
+    )
+    for d in (8, 16, 32, 64, 128)
+]
+LENGTHS = [
+    elsewhere(
+        f"length-{n}",
+        f"Does it help in sequences of {n} tokens?",
+        replace(PLAIN, length=n, batch=1024 // n),
+    )
+    for n in (32, 64, 256, 512)
+]
+OPTIMIZER_LRS = {
+    "SGD": (0.25, 0.5, 1.0, 2.0),
+    "Muon": (1e-2, 2e-2, 4e-2),
+    "Lamb": (8e-3, 16e-3, 32e-3),
+    "AdaBelief": (8e-3, 16e-3, 32e-3),
+    "RAdam": (8e-3, 16e-3, 32e-3),
+}
+OPTIMIZERS = [
+    elsewhere(
+        f"optimizer-{name.lower()}",
+        f"Does it help {name}?",
+        replace(PLAIN, optimizer=name),
+        lrs,
+    )
+    for name, lrs in OPTIMIZER_LRS.items()
+]
+RIVALS = Experiment(
+    "rivals",
+    "How does it compare with other wrappers and optimizers?",
+    arms={
+        "plain": PLAIN,
+        "(2, 1)": scaled(2, 1),
+        "uniform (2, 2)": scaled(2, 2),
+        "Lookahead": replace(PLAIN, optimizer="Lookahead"),
+        "OrthoGrad": replace(PLAIN, optimizer="OrthoGrad"),
+        "schedule-free AdamW": replace(PLAIN, optimizer="AdamWScheduleFree"),
+        "Muon": replace(PLAIN, optimizer="Muon"),
+    },
+    baseline="plain",
+    lrs=LRS,
+)
+TASKS = [
+    elsewhere(
+        "masked",
+        "Does it help an encoder that fills masks?",
+        replace(PLAIN, task="masked"),
+    ),
+    elsewhere(
+        "sequence-to-sequence",
+        "Does it help nn.Transformer restore vowels?",
+        replace(PLAIN, task="sequence-to-sequence", model="learned", length=64),
+        (1e-3, 2e-3, 4e-3),
+    ),
+    elsewhere(
+        "digits",
+        "Does it help a vision transformer read digits?",
+        replace(PLAIN, task="digits", model="learned", heads=8, length=17, batch=64, steps=300),
+        (2e-3, 4e-3, 8e-3),
+    ),
+    elsewhere(
+        "fine-tuning",
+        "Does it help fine-tuning?",
+        replace(PLAIN, task="fine-tuning", steps=300),
+        (1e-3, 2e-3, 4e-3),
+    ),
+]
+SIZES = [
+    elsewhere(
+        f"size-{layers}x{width}",
+        f"Does it help a decoder of {layers} layers and width {width}?",
+        replace(PLAIN, layers=layers, width=width, heads=width // 32, steps=steps),
+        seeds=seeds,
+    )
+    for layers, width, steps, seeds in ((3, 96, 600, 10), (4, 128, 1000, 6))
+]
+
+QUICK = Experiment(
+    "quick",
+    "A small part, at one learning rate, in minutes.",
+    arms=main_arms(replace(PLAIN, steps=200)),
+    baseline="plain",
+    lrs=(16e-3,),
+    seeds=tuple(range(6)),
+)
+
+GROUPS = {
+    "primary": [PRIMARY, PATHS, SETUPS, SUBWORDS, PROTOTYPE],
+    "grid": [GRID, PLACES],
+    "head-dim": [*HEAD_DIMS, *LENGTHS],
+    "optimizers": OPTIMIZERS,
+    "rivals": [RIVALS],
+    "tasks": TASKS,
+    "sizes": SIZES,
+}
+EXPERIMENTS = {experiment.name: experiment for group in GROUPS.values() for experiment in group}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="say what there is, and how much of it has been run")
+    for name, text in {
+        "run": "run experiments; what has been run is not run again",
+        "quick": "run a small part from the start, and print its table",
+    }.items():
+        command = commands.add_parser(name, help=text)
+        if name == "run":
+            command.add_argument(
+                "names",
+                nargs="*",
+                metavar="NAME",
+                help="of a group or an experiment, see list; all of them by default",
+            )
+        command.add_argument("--text", type=Path, metavar="FILE", help="a text to split in two")
+        command.add_argument("--train-text", type=Path, metavar="FILE", help="with --valid-text")
+        command.add_argument("--valid-text", type=Path, metavar="FILE")
+        command.add_argument("--text-name", metavar="NAME", help="what reports call the text")
+        command.add_argument("--workers", type=int, default=2, help="runs at once (%(default)s)")
+    commands.add_parser("report", help="write docs/evidence.md and its pictures")
+    for command in commands.choices.values():
+        command.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="results")
+    args = parser.parse_args(argv)
+    if args.command in ("run", "quick"):
+        if args.text and (args.train_text or args.valid_text):
+            parser.error("--text goes without --train-text and --valid-text")
+        if (args.train_text is None) != (args.valid_text is None):
+            parser.error("--train-text and --valid-text go together")
+        if args.workers < 1:
+            parser.error("--workers must be at least 1")
+    if args.command == "run":
+        unknown = [name for name in args.names if name not in GROUPS | EXPERIMENTS]
+        if unknown:
+            names = ", ".join([*GROUPS, *EXPERIMENTS])
+            parser.error(f"no group or experiment is named {unknown[0]!r}, only {names}")
+    return args
+
+
+def text_of(args: argparse.Namespace) -> Text:
+    """Read the text that was asked for."""
+    train = args.text or args.train_text
+    if train is None:
+        return Text.default()
+    return Text.read(args.text_name or train.name, train, args.valid_text)
+
+
+def chosen(names: Sequence[str]) -> list[Experiment]:
+    """Return the experiments of groups and experiments by name."""
+    found: list[Experiment] = []
+    for name in names or GROUPS:
+        found += GROUPS[name] if name in GROUPS else [EXPERIMENTS[name]]
+    return found
+
+
+def list_experiments(store: Store) -> None:
+    """Print the experiments."""
+    table = Table("group", "experiment", "runs", "left")
+    for group, experiments in GROUPS.items():
+        for experiment in experiments:
+            left = len(experiment.pending(store))
+            table.add_row(group, experiment.name, f"about {experiment.size()}", str(left))
+    Console().print(table)
+
+
+def run_quick(args: argparse.Namespace) -> None:
+    """Run the small part and print its table."""
+    text = text_of(args)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        run_experiments([QUICK], store, text, args.workers)
+        report = Report({"quick": QUICK}, store)
+        print(f"{text.name}, {len(QUICK.seeds)} paired seeds, 200 steps:\n")
+        print(report.table(QUICK))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    args = parse(argv)
+    try:
+        if args.command == "quick":
+            run_quick(args)
+            return 0
+        store = Store(args.out)
+        if args.command == "list":
+            list_experiments(store)
+        elif args.command == "report":
+            write_report(store)
+        else:
+            text = text_of(args)
+            store.check_text(text)
+            run_experiments(chosen(args.names), store, text, args.workers)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"study.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on where it was.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def write_report(store: Store, docs: Path = DOCS) -> None:
+    """Write the page and its pictures."""
+    report = Report(EXPERIMENTS, store)
+    page = report.page(TEMPLATE.read_text(encoding="utf-8"))
+    for name, draw in FIGURES.items():
+        if f"(evidence-{name}.png)" in page:
+            save(draw(report), docs / f"evidence-{name}.png")
+    (docs / "evidence.md").write_text(page, encoding="utf-8")
+
+
+FIGURES: dict[str, Callable[[Report], Figure]] = {
+    "primary": lambda report: report.forest(PRIMARY),
+    "rates": lambda report: report.rates(
+        PRIMARY, ["plain", "(2, 1)", "(1.5, 1)", "uniform (2, 2)", "(1, 0): span only"]
+    ),
+    "paths": lambda report: report.forest(PATHS),
+    "grid": lambda report: report.heatmap(GRID, FACTORS),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

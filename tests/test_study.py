@@ -1,0 +1,328 @@
+"""The study's machinery: pairing, choice of learning rates, statistics, restarts, the page."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import study  # noqa: E402
+from harness.experiment import Experiment  # noqa: E402
+from harness.optimizers import OPTIMIZERS  # noqa: E402
+from harness.report import Report  # noqa: E402
+from harness.runner import run_experiments  # noqa: E402
+from harness.statistics import adjusted, compare  # noqa: E402
+from harness.store import Store  # noqa: E402
+from harness.tasks import TASKS, Text, build_task  # noqa: E402
+from harness.training import random_subspace, run_trial  # noqa: E402
+from harness.trial import Trial  # noqa: E402
+
+LETTERS = "".join(chr(97 + (i * i + i // 7) % 23) + " " * (i % 5 == 0) for i in range(12_000))
+TEXT = Text.split("letters", LETTERS)
+TINY = Trial(steps=4, batch=2, length=16, layers=1, width=16, heads=2)
+
+
+def experiment(**changes):
+    arms = {"plain": TINY, "(2, 1)": replace(TINY, parallel=2.0)}
+    options = {"baseline": "plain", "lrs": (4e-3, 8e-3), "seeds": (0, 1), "tuning_seeds": (9,)}
+    return Experiment("tiny", "?", arms, **options | changes)
+
+
+class Losses:
+    """A store in which the loss depends on the learning rate by a formula."""
+
+    def __init__(self, loss):
+        self.loss, self.asked = loss, set()
+
+    def get(self, trial):
+        if trial not in self.asked:
+            return None
+        loss = self.loss(trial)
+        return {"tuning": loss, "reporting": loss}
+
+    def run(self, experiment):
+        while trials := experiment.pending(self):
+            self.asked.update(trials)
+
+
+@pytest.mark.parametrize("best", [5e-4, 3e-3, 6e-3, 1.1e-2, 5e-2])
+def test_the_learning_rate_is_that_of_the_least_loss_wherever_it_is(best):
+    store = Losses(lambda trial: math.log(trial.lr / best) ** 2)
+    e = experiment(lrs=(4e-3, 8e-3, 16e-3))
+    store.run(e)
+    nearest = min(e.grid(), key=lambda lr: abs(math.log(lr / best)))
+    assert e.best_lr("plain", store) == nearest
+    tried = e.swept("plain", store)
+    at = e.grid().index(nearest)
+    assert {*e.grid()[at - 1 : at + 2]} <= set(tried)  # better than its neighbours
+    assert {trial.seed for trial in store.asked if trial.lr != nearest} == {9}
+
+
+def test_a_diverged_rate_is_not_chosen():
+    store = Losses(lambda trial: None if trial.lr > 5e-3 else -math.log(trial.lr))
+    e = experiment()
+    store.run(e)
+    assert e.best_lr("plain", store) == 4e-3
+
+
+def test_an_arm_may_take_the_rate_of_another():
+    store = Losses(lambda trial: math.log(trial.lr / (4e-3 * trial.parallel)) ** 2)
+    own, shared = experiment(), experiment(lr_of={"(2, 1)": "plain"})
+    store.run(own)
+    store.run(shared)
+    assert own.best_lr("(2, 1)", store) == 8e-3
+    assert shared.best_lr("(2, 1)", store) == 4e-3
+
+
+def test_arms_start_from_the_same_weights_and_see_the_same_batches():
+    tasks = []
+    for trial in (TINY, replace(TINY, parallel=2.0), replace(TINY, parallel=3.0, path="inputs")):
+        torch.manual_seed(trial.seed)
+        task = build_task(trial, TEXT)
+        rng = np.random.default_rng(trial.seed)
+        tasks.append([*task.model.state_dict().values(), task.batch(rng), task.batch(rng)])
+    for other in tasks[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(tasks[0], other, strict=True))
+    torch.manual_seed(1)
+    assert not torch.equal(build_task(replace(TINY, seed=1), TEXT).batch(rng), tasks[0][-2])
+
+
+def test_a_trial_gives_the_same_losses_again():
+    first, second = run_trial(TINY, TEXT), run_trial(TINY, TEXT)
+    assert first["reporting"] == second["reporting"] != first["tuning"]
+
+
+def gradients(trial):
+    torch.manual_seed(0)
+    task = build_task(trial, TEXT)
+    task.loss(task.model, task.batch(np.random.default_rng(0))).backward()
+    return {name: p.grad for name, p in task.model.named_parameters()}
+
+
+@pytest.mark.parametrize("path", ["weights", "inputs"])
+def test_a_gradient_is_scaled_on_one_of_its_ways_only(path):
+    base = replace(TINY, layers=2)
+    plain = gradients(base)
+    scaled = gradients(replace(base, parallel=2.0, violation=2.0, path=path))
+    last = "blocks.1.attention.qkv.weight"
+    width = TINY.width
+    factor = 2.0 if path == "weights" else 1.0
+    torch.testing.assert_close(scaled[last][: 2 * width], factor * plain[last][: 2 * width])
+    torch.testing.assert_close(scaled[last][2 * width :], plain[last][2 * width :])
+    earlier = "blocks.0.mlp.0.weight"
+    same = torch.allclose(scaled[earlier], plain[earlier], rtol=1e-5)
+    assert same == (path == "weights")
+
+
+def test_the_random_subspace_is_a_projection_of_the_spans_dimension():
+    basis, grad = torch.randn(2, 3, 40, 8), torch.randn(2, 3, 40, 8)
+    torch.manual_seed(0)
+    once = random_subspace(grad, basis, basis)
+    torch.manual_seed(0)
+    torch.testing.assert_close(random_subspace(once, basis, basis), once)
+    eye = torch.eye(40).expand(2, 3, 40, 40)
+    torch.manual_seed(0)
+    assert random_subspace(eye, basis, basis).diagonal(dim1=-2, dim2=-1).sum(-1).round().eq(8).all()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_learns(name, monkeypatch):
+    monkeypatch.setattr("harness.tasks.PRETRAINING_STEPS", 2)
+    monkeypatch.setattr("harness.tasks.SUBWORDS", 300)
+    model, length = ("learned", 17) if name == "digits" else ("rotary", 16)
+    base = Trial(
+        steps=30, batch=8, length=length, layers=1, width=32, heads=2, task=name, model=model
+    )
+    results = [run_trial(replace(base, parallel=p, lr=4e-3), TEXT) for p in (1.0, 3.0)]
+    for result in results:
+        assert result["tuning"] < result["curve"][0][1]
+    assert results[0]["tuning"] != results[1]["tuning"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains_scaled_and_plain(name):
+    base = replace(TINY, steps=12, optimizer=name, lr=1e-2)
+    results = [run_trial(replace(base, parallel=p), TEXT) for p in (1.0, 3.0)]
+    for result in results:
+        assert result["tuning"] < result["curve"][0][1]
+    assert results[0]["tuning"] != results[1]["tuning"]
+
+
+@pytest.mark.parametrize("schedule", ["warm-up", "decay"])
+def test_scales_move(schedule):
+    base = replace(TINY, steps=12, parallel=3.0)
+    moved = run_trial(replace(base, scale_schedule=schedule), TEXT)
+    assert moved["tuning"] not in (run_trial(base, TEXT)["tuning"], None)
+
+
+def test_one_layer_and_one_side_can_be_chosen():
+    base = replace(TINY, layers=2, parallel=3.0)
+    losses = {
+        run_trial(replace(base, side=side, where=where), TEXT)["tuning"]
+        for side in ("both", "query", "key")
+        for where in ("all", "first", "last")
+    }
+    assert len(losses) == 9
+
+
+def test_the_statistics_are_students():
+    plain, arm = [2.0, 2.1, 1.9, 2.0], [1.98, 2.09, 1.90, 1.97]
+    change = compare(arm, plain)
+    values = np.array([100 * (a / b - 1) for a, b in zip(arm, plain, strict=True)])
+    half = 3.1824463 * values.std(ddof=1) / 2  # the 97.5 % quantile of t with 3 degrees
+    assert change.mean == pytest.approx(values.mean())
+    assert (change.low, change.high) == pytest.approx((values.mean() - half, values.mean() + half))
+    assert 0 < change.p < 1
+    assert change.seeds == 4
+
+
+def test_diverged_runs_are_counted():
+    change = compare([1.9, None, 2.0], [2.0, 2.0, 2.1])
+    assert (change.seeds, change.diverged) == (2, 1)
+    assert math.isnan(compare([None, 1.0], [1.0, 1.0]).mean)
+
+
+def test_p_values_are_adjusted_by_benjamini_and_hochberg():
+    assert adjusted([0.01, 0.04, 0.03, math.nan])[:3] == pytest.approx([0.03, 0.04, 0.04])
+
+
+def test_an_experiment_runs_resumes_and_is_reported(tmp_path):
+    e = experiment(lrs=(4e-3,))
+    store = Store(tmp_path)
+    run_experiments([e], store, TEXT, workers=2)
+    path = tmp_path / "tiny.jsonl"
+    lines = path.read_text().splitlines()
+    assert len(lines) == 4
+    # a killed run: a line is lost, another one half written
+    path.write_text("\n".join(lines[:2]) + "\n" + lines[2][:40])
+    again = Store(tmp_path)
+    assert len(e.pending(again)) == 2
+    run_experiments([e], again, TEXT, workers=1)
+    after = [json.loads(line) for line in path.read_text().splitlines()]
+    before = [json.loads(line) for line in lines]
+    losses = lambda records: {  # noqa: E731
+        (r["trial"]["seed"], r["trial"]["parallel"]): r["result"]["reporting"] for r in records
+    }
+    assert losses(after) == losses(before)
+    report = Report({"tiny": e}, Store(tmp_path))
+    page = report.page("[[table tiny]]\n[[change tiny | (2, 1)]] [[loss tiny | plain]]")
+    change = compare(*([losses(before)[seed, p] for seed in (0, 1)] for p in (2.0, 1.0)))
+    assert f"| {change.mean:+.2f} | {change.low:+.2f} to {change.high:+.2f} |" in page
+    assert f"{np.mean([losses(before)[seed, 1.0] for seed in (0, 1)]):.4f}" in page.splitlines()[-1]
+
+
+def test_a_killed_study_loses_only_what_was_running(tmp_path):
+    code = (
+        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[2]]\n"
+        "import test_study as t\n"
+        "from pathlib import Path\n"
+        "if __name__ == '__main__':\n"
+        "    e = t.experiment(lrs=(4e-3,), seeds=tuple(range(200)))\n"
+        "    t.run_experiments([e], t.Store(Path(sys.argv[3])), t.TEXT, workers=1)\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    out = tmp_path / "out"
+    paths = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
+    process = subprocess.Popen(
+        [sys.executable, str(script), *paths, str(out)],
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
+    path = out / "tiny.jsonl"
+    deadline = time.monotonic() + 120
+    while not (path.exists() and len(path.read_bytes().splitlines()) > 4):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    e = experiment(lrs=(4e-3,), seeds=tuple(range(200)))
+    assert len(e.pending(Store(out))) == 400 - len(whole)
+
+
+def test_a_failed_run_is_named_and_nothing_is_lost(tmp_path):
+    e = experiment(lrs=(4e-3,))
+    arms = {**e.arms, "bad": replace(TINY, heads=3)}  # 16 features do not divide into 3 heads
+    with pytest.raises(RuntimeError, match=r"a run failed: .*heads=3"):
+        run_experiments([replace(e, arms=arms)], Store(tmp_path), TEXT, workers=1)
+    assert len(Store(tmp_path).folder.joinpath("tiny.jsonl").read_text().splitlines()) == 2
+
+
+def test_results_of_two_texts_are_not_mixed(tmp_path):
+    store = Store(tmp_path)
+    store.append("tiny", TINY, TEXT, {"tuning": 1.0, "reporting": 1.0})
+    with pytest.raises(ValueError, match=r"another text, 'letters', and this run's is 'other'"):
+        Store(tmp_path).check_text(Text.split("other", LETTERS[::-1]))
+    store.check_text(TEXT)
+
+
+def test_a_line_that_is_no_result_is_named(tmp_path):
+    (tmp_path / "tiny.jsonl").write_text('{"trial": {"sed": 1}}\n')
+    with pytest.raises(ValueError, match=r"tiny\.jsonl, line 1, is not a result"):
+        Store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("placeholder", "message"),
+    [
+        ("[[table nothing]]", "no experiment is named 'nothing'"),
+        ("[[loss tiny | (9, 9)]]", "has no arm"),
+        ("[[loss tiny | plain]]", "are missing"),
+        ("[[colour tiny]]", "no placeholder is named 'colour'"),
+    ],
+)
+def test_a_placeholder_that_cannot_be_filled_is_an_error(placeholder, message, tmp_path):
+    report = Report({"tiny": experiment(lrs=(4e-3,))}, Store(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        report.page(placeholder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nothing"], "no group or experiment is named 'nothing'"),
+        (["run", "--train-text", "a.txt"], "--train-text and --valid-text go together"),
+        (["run", "--text", "a", "--train-text", "b", "--valid-text", "c"], "goes without"),
+        (["run", "--workers", "0"], "--workers must be at least 1"),
+        (["run", "--text", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, message, tmp_path, capsys):
+    try:
+        status = study.main([*arguments, "--out", str(tmp_path)])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_every_experiment_is_well_formed():
+    for e in study.EXPERIMENTS.values():
+        assert e.baseline in e.arms
+        assert {*e.lr_of, *e.lr_of.values(), *e.baselines, *e.baselines.values()} <= {*e.arms}
+        assert not set(e.seeds) & set(e.tuning_seeds)
+        assert len({*e.arms.values()}) == len(e.arms)
+        assert set(e.lrs) <= set(e.grid())
+
+
+def test_the_page_is_what_the_results_give(tmp_path):
+    """docs/evidence.md is up to date, and the README quotes it."""
+    study.write_report(Store(study.RESULTS), tmp_path)
+    page = (tmp_path / "evidence.md").read_text(encoding="utf-8")
+    assert page == (study.DOCS / "evidence.md").read_text(encoding="utf-8")
+    for path in tmp_path.glob("*.png"):
+        assert (study.DOCS / path.name).exists()
+        assert f"({path.name})" in page
