@@ -164,6 +164,28 @@ def elsewhere(
     )
 
 
+SHARES = Experiment(
+    "shares",
+    "How much of the gradient is in the span?",
+    arms={"plain": replace(PLAIN, monitored=True)},
+    baseline="plain",
+    lrs=(16e-3,),
+    seeds=(0, 1, 2),
+)
+# A wrapped step took 1.3 times as long as a plain one in the primary comparison.
+TIME = Experiment(
+    "time",
+    "Does it help in the same time?",
+    arms={
+        "plain": PLAIN,
+        "(2, 1), 600 / 1.3 steps": scaled(2, 1, steps=462),
+        "plain, 600 / 1.3 steps": replace(PLAIN, steps=462),
+    },
+    baseline="plain",
+    lrs=LRS,
+    lr_of={"(2, 1), 600 / 1.3 steps": "plain", "plain, 600 / 1.3 steps": "plain"},
+)
+
 SUBWORDS = elsewhere(
     "subwords",
     "Does it help on subwords (BPE, 1,024 of them)?",
@@ -278,8 +300,8 @@ QUICK = Experiment(
 )
 
 GROUPS = {
-    "primary": [PRIMARY, PATHS, SETUPS, SUBWORDS, PROTOTYPE],
-    "grid": [GRID, PLACES],
+    "primary": [PRIMARY, PATHS, SHARES, SETUPS, SUBWORDS, PROTOTYPE],
+    "grid": [GRID, PLACES, TIME],
     "head-dim": [*HEAD_DIMS, *LENGTHS],
     "optimizers": OPTIMIZERS,
     "rivals": [RIVALS],
@@ -408,6 +430,7 @@ FIGURES: dict[str, Callable[[Report], Figure]] = {
         PRIMARY, ["plain", "(2, 1)", "(1.5, 1)", "uniform (2, 2)", "(1, 0): span only"]
     ),
     "paths": lambda report: report.forest(PATHS),
+    "shares": lambda report: report.shares(SHARES),
     "grid": lambda report: report.heatmap(GRID, FACTORS),
 }
 

@@ -159,6 +159,17 @@ def test_every_optimizer_trains_scaled_and_plain(name):
     assert results[0]["tuning"] != results[1]["tuning"]
 
 
+def test_measuring_changes_nothing():
+    base = replace(TINY, steps=12, layers=2)
+    result = run_trial(replace(base, monitored=True), TEXT)
+    assert result["reporting"] == run_trial(base, TEXT)["reporting"]
+    rows = result["monitor"]
+    assert {row["step"] for row in rows} == set(range(12))
+    assert len(rows) == 12 * 2 * 2
+    assert all(0 < row["parallel_share"] < 1 and row["chance_share"] == 0.5 for row in rows)
+    json.dumps(result)
+
+
 @pytest.mark.parametrize("schedule", ["warm-up", "decay"])
 def test_scales_move(schedule):
     base = replace(TINY, steps=12, parallel=3.0)

@@ -202,6 +202,32 @@ class Report:
         figure.colorbar(image, ax=axes, label=label, extend="both")
         return figure
 
+    def shares(self, experiment: Experiment) -> Figure:
+        """Draw the parallel share of the gradients over the steps."""
+        rows = [
+            row
+            for result in self.results(experiment, experiment.baseline)
+            for row in result["monitor"]
+        ]
+        layers = sorted({row["layer"] for row in rows})
+        steps = sorted({row["step"] for row in rows})
+        figure = Figure(figsize=(8, 3.2), layout="constrained")
+        for axes, side in zip(figure.subplots(1, 2, sharey=True), ("query", "key"), strict=True):
+            for number, (layer, colour) in enumerate(zip(layers, _COLOURS, strict=False), 1):
+                of_layer = [row for row in rows if (row["layer"], row["side"]) == (layer, side)]
+                shares = {step: [] for step in steps}  # type: dict[int, list[float]]
+                for row in of_layer:
+                    shares[row["step"]].append(row["parallel_share"])
+                means = [math.fsum(shares[step]) / len(shares[step]) for step in steps]
+                low, high = ([f(shares[step]) for step in steps] for f in (min, max))
+                axes.plot(steps, means, color=colour, label=f"layer {number}")
+                axes.fill_between(steps, low, high, color=colour, alpha=0.2)
+            axes.axhline(rows[0]["chance_share"], color="black", linestyle=":", label="by chance")
+            axes.set(title=side, xlabel="optimizer step", ylim=(0, None))
+            axes.legend(fontsize="small")
+        figure.axes[0].set_ylabel("parallel share of the energy")
+        return figure
+
     def rates(self, experiment: Experiment, arms: Sequence[str]) -> Figure:
         """Draw the loss on the tuning split over the learning rate."""
         figure = Figure(figsize=(8, 4), layout="constrained")

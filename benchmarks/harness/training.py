@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from harness.optimizers import build_optimizers, scheduled
 from harness.tasks import Task, Text, build_task
 from harness.trial import Trial
-from spanopt import SpanScale, SpanScaledOptimizer, SpanScheduler, find_attention
+from spanopt import SpanMonitor, SpanScale, SpanScaledOptimizer, SpanScheduler, find_attention
 from spanopt.scheduler import linear
 
 __all__ = ["run_trial"]
 
 WARM_UP = 0.1
 POINTS = 12  # on the curve
+MEASUREMENTS = 30
+MEASURES = ["parallel_share", "chance_share", "effective_rank", "condition"]
 
 
 def run_trial(trial: Trial, text: Text) -> dict[str, Any]:
@@ -42,13 +44,16 @@ def run_trial(trial: Trial, text: Text) -> dict[str, Any]:
     optimizers = build_optimizers(trial, task.model)
     stepped: list[Any] = [*optimizers]
     schedulers = [learning_rates(x, trial) for x in scheduled(trial, optimizers)]
-    if trial.scaled and trial.path == "both":
+    if (trial.scaled and trial.path == "both") or trial.monitored:
         # the first one has the parameters of the attention layers
         stepped[0] = wrap(optimizers[0], task.model, trial)
         schedulers += scale_schedulers(stepped[0], trial)
     averaged = [optimizer for optimizer in optimizers if hasattr(optimizer, "eval")]
     for optimizer in averaged:
         optimizer.train()
+    monitor = None
+    if trial.monitored:
+        monitor = SpanMonitor(stepped[0], every=max(1, trial.steps // MEASUREMENTS))
     rng = np.random.default_rng(trial.seed)
     task.model.train()
     seconds, curve = [], []
@@ -66,12 +71,22 @@ def run_trial(trial: Trial, text: Text) -> dict[str, Any]:
         if step % every == 0 and step < trial.steps:
             curve.append((step, evaluate(task, task.probe, averaged)))
     losses = {name: evaluate(task, part, averaged) for name, part in task.splits.items()}
-    return {
+    result: dict[str, Any] = {
         **losses,
         "curve": curve,
         "seconds": round(sum(seconds), 3),
         "step_ms": round(1e3 * statistics.median(seconds), 3),
     }
+    if monitor is not None:
+        monitor.close()
+        result["monitor"] = measured(monitor)
+    return result
+
+
+def measured(monitor: SpanMonitor) -> list[dict[str, Any]]:
+    """Return the mean over heads of what was measured, by step, layer and side."""
+    table = monitor.to_pandas().groupby(["step", "layer", "side"], sort=False)
+    return table[MEASURES].mean().round(5).reset_index().to_dict("records")
 
 
 def train_step(task: Task, batch: Any, optimizers: list[Any], trial: Trial) -> Tensor:

@@ -27,6 +27,7 @@ class Trial:
             key projections only, or their ``"inputs"`` only. The other gets the plain gradient.
         projection: A setup of ``spanopt.setups``, or ``"random"``: a random subspace.
         preserve_norm: Whether each scaled gradient gets its norm back.
+        monitored: Whether the gradients are measured, 30 times in the run; this changes nothing.
         scale_schedule: ``"constant"``, ``"warm-up"`` (from the identity, over the first third) or
             ``"decay"`` (to the identity, over the whole run).
         clip: Norm to which the gradient is clipped; 0 for no clipping.
@@ -52,6 +53,7 @@ class Trial:
     path: str = "both"
     projection: str = "span"
     preserve_norm: bool = False
+    monitored: bool = False
     scale_schedule: str = "constant"
     clip: float = 1.0
     lr_schedule: str = "cosine"

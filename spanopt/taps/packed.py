@@ -55,7 +55,7 @@ def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any
     tap.refuse_vmap(*sources)
     lengths = tuple(x.shape[0] for x in (query, key))
     tap.mark("packed", heads, heads, bound["embed_dim_to_check"] // heads, lengths)
-    if tap.is_idle:
+    if tap.is_idle():
         return func(*args, **kwargs)
     queries, keys = (tokens or Tokens() for tokens in tap.given() or (None, None))
     keys = appended(keys, (bound["bias_k"] is not None) + bool(bound["add_zero_attn"]))

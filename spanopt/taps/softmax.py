@@ -239,7 +239,7 @@ def _product(tap: Tap, left: Tensor, right: Tensor, x: Tensor, y: Tensor) -> _Pr
 
 def _operand(tap: Tap, x: Tensor, given: Tokens | None, other: Tensor | None) -> _Operand:
     query, key = tap.query, tap.key
-    if not (x.requires_grad and torch.is_grad_enabled()) or tap.is_idle:
+    if not (x.requires_grad and torch.is_grad_enabled()) or tap.is_idle():
         return _Operand(x, x, None)
     with tap.keeping():
         node, switch, real = switched_node(

@@ -540,7 +540,6 @@ class Tap(TorchFunctionMode):
         general = "general" in (self.query.mode, self.key.mode) or self.watcher is not None
         return general and any(x.requires_grad for x in tensors) and torch.is_grad_enabled()
 
-    @property
     def is_idle(self) -> bool:
         """Whether no node is needed."""
         return self.query.mode == self.key.mode == "identity" and self.watcher is None
