@@ -108,7 +108,8 @@ class SpanHooks:
         """
         taps: list[Tap] = []
         shields: list[Tap] = []
-        scaled = [site.module for site in plan.sites if plan.scales[site.name] is not None]
+        scaled = (site.module for site in plan.sites if plan.scales[site.name] is not None)
+        inside = {inner for outer in scaled for inner in outer.modules()}
         for site in plan.sites:
             scale = plan.scales[site.name]
             if scale is not None:
@@ -118,7 +119,7 @@ class SpanHooks:
                     taps.append(ProjectionTap(site, scale, method, projections))
                 else:
                     taps.append(Tap(site, scale, method, HANDLERS))
-            elif any(_contains(outer, site.module) for outer in scaled):
+            elif site.module in inside:
                 # Left alone, inside a layer that is scaled: a tap that does nothing shields it.
                 shields.append(Tap(site, SpanScale(1.0, 1.0), Method(), HANDLERS))
         for tap in (*taps, *shields):
@@ -817,6 +818,8 @@ def _project_sites(
             "projections must be a dict from layer names or patterns to dicts such as "
             f'{{"query": "wq", "key": "wk", "num_heads": 8}}, got {type(projections).__name__}'
         )
+    if not projections:
+        return sites, {}
     modules = dict(named_modules(model))
     projected: dict[str, list[Projection]] = {}
     for pattern, spec in projections.items():
@@ -856,18 +859,15 @@ def _no_hook() -> Callable[..., None]:
     return _inert
 
 
-def _contains(outer: nn.Module, inner: nn.Module) -> bool:
-    return any(module is inner for module in outer.modules())
-
-
 def _check_unclaimed(sites: Sequence[AttentionSite]) -> None:
+    claimed = set(_claimed)
+    inside = {inner for outer in claimed for inner in outer.modules()}
     for site in sites:
-        for other in _claimed:
-            if _contains(other, site.module) or _contains(site.module, other):
-                raise ValueError(
-                    f"layer {site.name!r} is scaled already, by another attachment or optimizer: "
-                    "call its remove() or detach() first, or give the layer to one of them only"
-                )
+        if site.module in inside or not claimed.isdisjoint(site.module.modules()):
+            raise ValueError(
+                f"layer {site.name!r} is scaled already, by another attachment or optimizer: "
+                "call its remove() or detach() first, or give the layer to one of them only"
+            )
 
 
 def _is_left_out(site: AttentionSite, trained: set[int]) -> bool:

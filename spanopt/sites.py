@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import functools
 import re
 import types
 import warnings
@@ -17,6 +18,7 @@ from torch.nn.functional import multi_head_attention_forward, scaled_dot_product
 __all__ = ["AttentionSite", "find_attention", "is_inside", "named_modules", "unwrap"]
 
 _ATTENTION_CALLS = (scaled_dot_product_attention, multi_head_attention_forward)
+_ATTENTION_IDS = {*map(id, _ATTENTION_CALLS)}
 _ATTENTION_NAMES = {"scaled_dot_product_attention", "multi_head_attention_forward"}
 _PRODUCT_NAMES = {"matmul", "bmm", "baddbmm", "einsum"}
 # fmt: off
@@ -221,7 +223,7 @@ def _kind(module: nn.Module, traits: dict[type, frozenset[str]]) -> str | None:
     if cls not in traits:
         own = (cls.__module__ or "").partition(".")[0] != "torch"
         traits[cls] = _traits(cls) if own else frozenset()
-    if "call" in traits[cls] or any(_is_attention(value) for value in vars(module).values()):
+    if "call" in traits[cls] or not _ATTENTION_IDS.isdisjoint(map(id, vars(module).values())):
         return "call"
     if _owns_projections(module):
         return "projections"
@@ -303,6 +305,7 @@ def _owns_projections(module: nn.Module) -> bool:
     return bool(names & _FUSED) or bool(names & _QUERY and names & _KEY)
 
 
+@functools.lru_cache(maxsize=1024)
 def _normalised(name: str) -> str:
     """Reduce ``q_proj``, ``to_q``, ``wq``, ``q_proj_weight``, ``Wqkv`` to their letters."""
     words = re.sub(r"_?weights?$", "", name.lower()).split("_")
@@ -338,7 +341,7 @@ def _traits(cls: type) -> frozenset[str]:
         if _PRODUCT_NAMES & names or _has_matrix_product(code):
             traits.add("product")
         for value in _referenced(function, cls):
-            if _is_attention(value):
+            if id(value) in _ATTENTION_IDS:
                 traits.add("call")
             if _quietly(isinstance, value, types.FunctionType) and not _is_torch(value):
                 pending.append(value)
@@ -402,10 +405,6 @@ def _quietly(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     except Exception:
         return None
-
-
-def _is_attention(value: Any) -> bool:
-    return any(value is call for call in _ATTENTION_CALLS)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -248,7 +248,6 @@ def test_a_killed_study_loses_only_what_was_running(tmp_path):
     paths = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
     process = subprocess.Popen(
         [sys.executable, str(script), *paths, str(out)],
-        start_new_session=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     )
     path = out / "tiny.jsonl"
@@ -257,8 +256,11 @@ def test_a_killed_study_loses_only_what_was_running(tmp_path):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert workers
+    process.kill()  # and not the workers, who end by themselves
     process.wait()
+    assert not psutil.wait_procs(workers, timeout=30)[1]
     whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     e = experiment(lrs=(4e-3,), seeds=tuple(range(200)))
     assert len(e.pending(Store(out))) == 400 - len(whole)
