@@ -3,6 +3,7 @@
     python benchmarks/study.py run                  # all experiments, in order; resumes
     python benchmarks/study.py run primary grid     # some of them
     python benchmarks/study.py list                 # what there is, and what is left to run
+    python benchmarks/study.py table primary        # its comparison, as a table
     python benchmarks/study.py report               # docs/evidence.md from the results
     python benchmarks/study.py quick                # a small part, in minutes
 
@@ -333,16 +334,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands.add_parser("list", help="say what there is, and how much of it has been run")
     for name, text in {
         "run": "run experiments; what has been run is not run again",
+        "table": "print the tables of experiments that have been run",
         "quick": "run a small part from the start, and print its table",
     }.items():
         command = commands.add_parser(name, help=text)
-        if name == "run":
+        if name != "quick":
             command.add_argument(
                 "names",
                 nargs="*",
                 metavar="NAME",
                 help="of a group or an experiment, see list; all of them by default",
             )
+        if name == "table":
+            continue
         command.add_argument("--text", type=Path, metavar="FILE", help="a text to split in two")
         command.add_argument("--train-text", type=Path, metavar="FILE", help="with --valid-text")
         command.add_argument("--valid-text", type=Path, metavar="FILE")
@@ -359,7 +363,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error("--train-text and --valid-text go together")
         if args.workers < 1:
             parser.error("--workers must be at least 1")
-    if args.command == "run":
+    if args.command in ("run", "table"):
         unknown = [name for name in args.names if name not in GROUPS | EXPERIMENTS]
         if unknown:
             names = ", ".join([*GROUPS, *EXPERIMENTS])
@@ -416,11 +420,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             list_experiments(store)
         elif args.command == "report":
             write_report(store)
+        elif args.command == "table":
+            report = Report(EXPERIMENTS, store)
+            for experiment in chosen(args.names):
+                print(f"{experiment.name}: {experiment.question}\n\n{report.table(experiment)}\n")
         else:
             text = text_of(args)
             store.check_text(text)
             run_experiments(chosen(args.names), store, text, args.workers)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -20,13 +20,15 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import study  # noqa: E402
 from harness.experiment import Experiment  # noqa: E402
 from harness.optimizers import OPTIMIZERS  # noqa: E402
-from harness.report import Report  # noqa: E402
+from harness.report import Report, in_words  # noqa: E402
 from harness.runner import run_experiments  # noqa: E402
 from harness.statistics import adjusted, compare  # noqa: E402
 from harness.store import Store  # noqa: E402
 from harness.tasks import TASKS, Text, build_task  # noqa: E402
 from harness.training import random_subspace, run_trial  # noqa: E402
 from harness.trial import Trial  # noqa: E402
+
+from spanopt import SpanScale  # noqa: E402
 
 LETTERS = "".join(chr(97 + (i * i + i // 7) % 23) + " " * (i % 5 == 0) for i in range(12_000))
 TEXT = Text.split("letters", LETTERS)
@@ -226,6 +228,7 @@ def test_an_experiment_runs_resumes_and_is_reported(tmp_path):
         (r["trial"]["seed"], r["trial"]["parallel"]): r["result"]["reporting"] for r in records
     }
     assert losses(after) == losses(before)
+    assert Store(tmp_path).texts == {TEXT.digest: "letters"}
     report = Report({"tiny": e}, Store(tmp_path))
     page = report.page("[[table tiny]]\n[[change tiny | (2, 1)]] [[loss tiny | plain]]")
     change = compare(*([losses(before)[seed, p] for seed in (0, 1)] for p in (2.0, 1.0)))
@@ -309,6 +312,7 @@ def test_a_placeholder_that_cannot_be_filled_is_an_error(placeholder, message, t
         (["run", "nothing"], "no group or experiment is named 'nothing'"),
         (["run", "--train-text", "a.txt"], "--train-text and --valid-text go together"),
         (["run", "--text", "a", "--train-text", "b", "--valid-text", "c"], "goes without"),
+        (["table", "primary"], "the learning rate of 'plain' has not been chosen yet"),
         (["run", "--workers", "0"], "--workers must be at least 1"),
         (["run", "--text", "nowhere.txt"], "nowhere.txt"),
     ],
@@ -339,3 +343,10 @@ def test_the_page_is_what_the_results_give(tmp_path):
     for path in tmp_path.glob("*.png"):
         assert (study.DOCS / path.name).exists()
         assert f"({path.name})" in page
+    report = Report(study.EXPERIMENTS, Store(study.RESULTS))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    docstring = " ".join(SpanScale.__doc__.split())
+    for arm in ("(2, 1)", "near-null (1.0001, 1)", "(1, 0): span only", "(0, 1): violation only"):
+        assert in_words(report.change(study.PRIMARY, arm)) in readme
+    change = report.change(study.PRIMARY, "(2, 1)")
+    assert f"{change.mean:+.2f} % (95 % interval {change.low:+.2f} to" in docstring

@@ -20,6 +20,9 @@ _PLACEHOLDER = re.compile(r"\[\[(\w+) ([\w-]+)(?: \| ([^\]]+))?\]\]")
 _COLOURS = ("#4C72B0", "#C44E52", "#55A868", "#8172B3", "#CCB974", "#64B5CD", "#8C8C8C")
 
 
+OFF_SCALE = 8.0  # per cent
+
+
 class Report:
     """Fills results into a text.
 
@@ -161,7 +164,7 @@ class Report:
         """Draw every arm's change with its interval."""
         arms = [arm for arm in experiment.arms if arm != experiment.baseline_of(arm)]
         changes = [self.change(experiment, arm) for arm in arms]
-        near = [i for i, change in enumerate(changes) if abs(change.mean) < 8]
+        near = [i for i, change in enumerate(changes) if abs(change.mean) < OFF_SCALE]
         figure = Figure(figsize=(8, 0.9 + 0.3 * len(near)), layout="constrained")
         axes = figure.subplots()
         for row, i in enumerate(near):
@@ -175,9 +178,11 @@ class Report:
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
         seeds = len(experiment.seeds)
-        axes.set_xlabel(
+        text = (
             f"change of validation loss, % (below 0 is better); {seeds} paired seeds, 95 % interval"
         )
+        far = [f"{arms[i]} {changes[i].mean:+.1f} %" for i in range(len(arms)) if i not in near]
+        axes.set_xlabel("\n".join([text, *(f"not shown: {arm}" for arm in far)]))
         return figure
 
     def heatmap(self, experiment: Experiment, factors: Sequence[float]) -> Figure:
@@ -223,9 +228,10 @@ class Report:
                 axes.plot(steps, means, color=colour, label=f"layer {number}")
                 axes.fill_between(steps, low, high, color=colour, alpha=0.2)
             axes.axhline(rows[0]["chance_share"], color="black", linestyle=":", label="by chance")
-            axes.set(title=side, xlabel="optimizer step", ylim=(0, None))
+            axes.set(title=side, xlabel="optimizer step")
             axes.legend(fontsize="small")
-        figure.axes[0].set_ylabel("parallel share of the energy")
+        top = max(row["parallel_share"] for row in rows)
+        figure.axes[0].set(ylabel="parallel share of the energy", ylim=(0, 1.05 * top))
         return figure
 
     def rates(self, experiment: Experiment, arms: Sequence[str]) -> Figure:
