@@ -79,7 +79,7 @@ CONFIRMATION = Experiment(
     },
     baseline="plain",
     lrs=(8e-3, 16e-3),
-    seeds=tuple(range(100, 120)),
+    seeds=tuple(range(100, 116)),
     tuning_seeds=tuple(range(1000, 1006)),
 )
 

@@ -348,5 +348,6 @@ def test_the_page_is_what_the_results_give(tmp_path):
     docstring = " ".join(SpanScale.__doc__.split())
     for arm in ("(2, 1)", "near-null (1.0001, 1)", "(1, 0): span only", "(0, 1): violation only"):
         assert in_words(report.change(study.PRIMARY, arm)) in readme
-    change = report.change(study.PRIMARY, "(2, 1)")
+    change = report.change(study.CONFIRMATION, "(2, 1)")
+    assert in_words(change) in readme
     assert f"{change.mean:+.2f} % (95 % interval {change.low:+.2f} to" in docstring
