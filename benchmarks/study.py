@@ -83,6 +83,20 @@ CONFIRMATION = Experiment(
     tuning_seeds=tuple(range(1000, 1006)),
 )
 
+CONTROLS = Experiment(
+    "controls",
+    "Is it the span that trains well by itself, or any subspace of its size?",
+    arms={
+        "plain": PLAIN,
+        "(1, 0): span only": scaled(1, 0),
+        "(1, 0), random subspace": scaled(1, 0, projection="random"),
+        "(0, 1): violation only": scaled(0, 1),
+        "(0, 1), random subspace": scaled(0, 1, projection="random"),
+    },
+    baseline="plain",
+    lrs=LRS,
+)
+
 PATHS_CLIPPED = {
     "(2, 1)": scaled(2, 1),
     "(2, 1) to the weights only": scaled(2, 1, path="weights"),
@@ -316,7 +330,7 @@ QUICK = Experiment(
 )
 
 GROUPS = {
-    "primary": [PRIMARY, CONFIRMATION, PATHS, SHARES, SETUPS, SUBWORDS, PROTOTYPE],
+    "primary": [PRIMARY, CONFIRMATION, CONTROLS, PATHS, SHARES, SETUPS, SUBWORDS, PROTOTYPE],
     "grid": [GRID, PLACES, TIME],
     "head-dim": [*HEAD_DIMS, *LENGTHS],
     "optimizers": OPTIMIZERS,

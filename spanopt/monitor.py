@@ -186,7 +186,16 @@ class SpanMonitor:
             ImportError: pandas is not installed.
 
         Example:
-            See :class:`SpanMonitor`; ``monitor.to_pandas().groupby("layer").parallel_share.mean()``
+            >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
+            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> x = torch.randn(16, 3, 8)
+            >>> monitor = SpanMonitor(optimizer)
+            >>> model(x, x, x)[0].pow(2).mean().backward()
+            >>> optimizer.step()
+            >>> table = monitor.to_pandas()
+            >>> table.groupby("side").parallel_share.mean().index.to_list()
+            ['key', 'query']
+            >>> monitor.close()
         """
         return _module("pandas", "to_pandas()").DataFrame(self.rows)
 
@@ -204,7 +213,14 @@ class SpanMonitor:
             ValueError: Nothing has been measured yet.
 
         Example:
-            See :class:`SpanMonitor`; ``monitor.plot("shares.png")``
+            >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
+            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> x = torch.randn(16, 3, 8)
+            >>> monitor = SpanMonitor(optimizer)
+            >>> model(x, x, x)[0].pow(2).mean().backward()
+            >>> optimizer.step()
+            >>> figure = monitor.plot()  # monitor.plot("shares.png") saves it too
+            >>> monitor.close()
         """
         if not self.rows:
             raise ValueError("nothing has been measured yet: take an optimizer step first")
@@ -217,7 +233,15 @@ class SpanMonitor:
         """Stop measuring. What was measured stays; doing it twice is harmless.
 
         Example:
-            See :class:`SpanMonitor`, which is a context manager too.
+            >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
+            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> x = torch.randn(16, 3, 8)
+            >>> monitor = SpanMonitor(optimizer)
+            >>> model(x, x, x)[0].pow(2).mean().backward()
+            >>> optimizer.step()
+            >>> monitor.close()  # on leaving a with block it is closed too
+            >>> len(monitor.rows)
+            4
         """
         self._handle.remove()
         self._next = math.inf  # type: ignore[assignment]

@@ -175,7 +175,7 @@ class Report:
             axes.plot(change.mean, row, "o", color=colour)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(near)), [arms[i] for i in near])
-        axes.invert_yaxis()
+        axes.set_ylim(len(near) - 0.5, -0.5)
         axes.grid(axis="x", alpha=0.3)
         seeds = len(experiment.seeds)
         text = (
