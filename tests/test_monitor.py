@@ -259,6 +259,8 @@ def test_steps_in_between_are_not_watched():
 
 
 def test_a_compiled_model_is_measured_and_not_compiled_again():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = decoder()
     compiled = torch.compile(model, backend="aot_eager")
     optimizer = SpanScaledOptimizer(torch.optim.AdamW(model.parameters()), model)
