@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import math
+import weakref
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ class SpanMonitor:
     """Measure the gradients of Q and K at every scaled layer, every so many optimizer steps.
 
     Nothing changes in what is trained. Between the steps that are measured it costs nothing; in one
-    that is, singular values and attention weights are computed beside the training. What
-    ``torch.compile`` has compiled runs eagerly in such a step.
+    that is, singular values and attention weights are computed beside the training, and what
+    ``torch.compile`` has compiled runs eagerly: close the monitor when training is over.
 
     Rows are for one layer, side and head, in a batch of the process; where a step has several
     backward passes they are averaged. Q and K are what attention multiplies: some layers divide Q
@@ -132,22 +133,22 @@ class SpanMonitor:
         self._step = start
         self._next = start
         self._sample: _Sample | None = None
-        self._stance: Any = None
         self._handle = optimizer.register_step_post_hook(self._after_step)
+        # Dropped without close(), it must not leave compiled code running eagerly.
+        self._stances: list[Any] = []
+        weakref.finalize(self, _restore, self._stances)
         self._arm()
 
     def _arm(self) -> None:
         self._sample = _Sample()
         self._optimizer.hooks.watch(self._sample)
         # Compiled code has no Python in it that could be told anything.
-        self._stance = torch.compiler.set_stance("force_eager")
+        self._stances.append(torch.compiler.set_stance("force_eager"))
 
     def _disarm(self) -> None:
         self._optimizer.hooks.watch(None)
         self._sample = None
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+        _restore(self._stances)
 
     def _after_step(self, *_: Any) -> None:
         step, self._step = self._step, self._step + 1
@@ -253,6 +254,12 @@ class SpanMonitor:
 
     def __exit__(self, *exc_info: Any) -> None:
         self.close()
+
+
+def _restore(stances: list[Any]) -> None:
+    """Have ``torch.compile`` act as before."""
+    while stances:
+        stances.pop().__exit__(None, None, None)
 
 
 def _module(name: str, what: str) -> Any:

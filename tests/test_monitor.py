@@ -429,7 +429,7 @@ def test_a_detached_optimizer_ends_it():
     model(torch.randint(11, (2, 12))).square().mean().backward()
     optimizer.step()
     assert monitor.rows == []
-    assert monitor._stance is None
+    assert monitor._stances == []
     monitor.close()
 
 
