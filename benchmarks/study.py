@@ -185,13 +185,10 @@ def elsewhere(
     base: Trial,
     lrs: tuple[float, ...] = LRS,
     seeds: int = 10,
-    tuning_seeds: tuple[int, ...] = TUNING_SEEDS[:1],
 ) -> Experiment:
     """Return the comparison of the main arms in another setting."""
     arms = main_arms(base)
-    return Experiment(
-        name, question, arms, "plain", lrs, tuple(range(seeds)), tuning_seeds=tuning_seeds
-    )
+    return Experiment(name, question, arms, "plain", lrs, tuple(range(seeds)), TUNING_SEEDS[:1])
 
 
 SHARES = Experiment(

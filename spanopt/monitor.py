@@ -153,10 +153,10 @@ class SpanMonitor:
     def _after_step(self, *_: Any) -> None:
         step, self._step = self._step, self._step + 1
         if self._sample is not None:
-            rows = self._sample.rows(step, [site.name for site in self._optimizer.hooks.sites])
             if not self._optimizer.hooks.groups:
                 self.close()  # detached: there is nothing to measure
                 return
+            rows = self._sample.rows(step, [site.name for site in self._optimizer.hooks.sites])
             if not rows:
                 return  # no backward pass yet
             self._disarm()
@@ -278,7 +278,7 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
             if row[measure] is not None:
                 layer = row["layer"] or "model"
                 values[f"span/{layer}/{row['side']}/{measure}"].append(row[measure])
-    return {name: math.fsum(of_heads) / len(of_heads) for name, of_heads in values.items()}
+    return {name: _average(of_heads) for name, of_heads in values.items()}
 
 
 class _Sample:

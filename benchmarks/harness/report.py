@@ -18,8 +18,6 @@ __all__ = ["Report", "in_words", "save"]
 
 _PLACEHOLDER = re.compile(r"\[\[(\w+) ([\w-]+)(?: \| ([^\]]+))?\]\]")
 _COLOURS = ("#4C72B0", "#C44E52", "#55A868", "#8172B3", "#CCB974", "#64B5CD", "#8C8C8C")
-
-
 OFF_SCALE = 8.0  # per cent
 
 
@@ -65,7 +63,7 @@ class Report:
             raise ValueError(f"no placeholder is named {kind!r}, only {', '.join(kinds)}")
         try:
             return kinds[kind]()
-        except (KeyError, LookupError) as error:
+        except LookupError as error:
             raise ValueError(f"{match[0]}: {error}") from error
 
     def _experiment(self, name: str) -> Experiment:
