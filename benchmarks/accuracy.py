@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from speed.measure import add_options, start, write
 from torch import Tensor
 
 from spanopt import project
@@ -99,8 +100,8 @@ def row(name: str, condition: float, tokens: int, features: int, seeds: int) -> 
     return cells
 
 
-def table(names: list[str], tokens: int, features: int, seeds: int) -> str:
-    """Return the whole table in Markdown."""
+def table(names: list[str], tokens: int, features: int, seeds: int) -> list[list[str]]:
+    """Return the whole table, by rows and cells, with its head."""
     heads = ["dtype", "condition", "as rounded"]
     for method in METHODS:
         heads += [f"{method}, median", "max"]
@@ -108,7 +109,7 @@ def table(names: list[str], tokens: int, features: int, seeds: int) -> str:
     for name in names:
         for exponent in range(9):
             lines.append(row(name, 10.0**exponent, tokens, features, seeds))
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return lines
 
 
 def main() -> None:
@@ -118,14 +119,16 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=64, help="d, columns of the basis")
     parser.add_argument("--seeds", type=int, default=10, help="bases for each row")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    add_options(parser, rounds=1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    start(options)
     print(
         f"Relative error of the projection, N = {options.tokens}, "
         f"d = {options.features}, {options.seeds} seeds; torch {torch.__version__}\n"
     )
-    print(table(options.dtypes, options.tokens, options.features, options.seeds))
+    rows = table(options.dtypes, options.tokens, options.features, options.seeds)
+    print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
+    write(options, rows)
 
 
 def _computed(tensor: Tensor) -> Tensor:

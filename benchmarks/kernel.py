@@ -1,24 +1,29 @@
-"""Time of ``spanopt.project`` against other ways to the same projection, as a Markdown table.
+"""Time of ``spanopt.project`` against other ways to the same projection.
 
 The ways take turns, and the ratio is that of neighbours in time; the median is shown, with
 quartiles. ``share of peak`` is what the projection's floating-point operations (10 N d^2 a matrix,
 as computed) come to in a second, over what a large matrix product does on the same machine in the
-same run. In bfloat16 the other ways are given float32 copies, which they need.
+same run. In bfloat16 the other ways are given float32 copies, which they need. The projection
+setups are measured likewise, as ratios to ``span``.
 
-    python benchmarks/kernel.py --threads 1
+    python benchmarks/kernel.py
+    python benchmarks/kernel.py --shapes 1 --rounds 3        # the first shape only
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from speed.measure import add_options, in_turns, quartiles, start, write
 from torch import Tensor
 
 from spanopt import project
+from spanopt.setups import SETUPS
 
 SHAPES = ((24, 512, 64), (96, 1024, 64), (32, 2048, 128))
 PEAK_SIZE = 2048
@@ -60,61 +65,73 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def seconds(function: Callable[..., Tensor], *arguments: Tensor) -> float:
-    """Return how long one call takes."""
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
+def measure(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Measure every way on one shape.
 
+    Args:
+        shape: Matrices, N and d.
+        dtype: Of basis and gradient.
+        rounds: How often each way takes its turn.
 
-def measure(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, np.ndarray]:
-    """Return the seconds of every way, and of ``project`` before it, shape (rounds, 2)."""
+    Returns:
+        ``ms`` of ``project`` (the median), for each other way the quartiles of the ratio of its
+        time to that, and the share of the ``peak`` of matrix products.
+    """
     q, g = (torch.randn(shape).to(dtype) for _ in range(2))
     copies = q.float(), g.float()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in (*WAYS, "peak")}
     square = torch.randn(2, PEAK_SIZE, PEAK_SIZE)
-    for turn in range(rounds + 1):
-        for name, way in {**WAYS, "peak": torch.matmul}.items():
-            given = (square[0], square[1]) if name == "peak" else copies
-            pair = seconds(project, q, g), seconds(way, *given)
-            if turn > 0:  # the first one warms up
-                times[name].append(pair)
-    return {name: np.array(pairs) for name, pairs in times.items()}
-
-
-def in_words(ratios: np.ndarray) -> str:
-    """Return median and quartiles."""
-    low, middle, high = np.percentile(ratios, [25, 50, 75])
-    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
-
-
-def row(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> list[str]:
-    """Return the table's row for one shape and dtype."""
-    times = measure(shape, dtype, rounds)
-    ours = np.concatenate([pairs[:, 0] for pairs in times.values()])
+    ways: dict[str, Callable[[], Tensor]] = {
+        "project": partial(project, q, g),
+        "peak": partial(torch.matmul, square[0], square[1]),
+        **{name: partial(way, *copies) for name, way in WAYS.items()},
+    }
+    times = in_turns(ways, rounds, warm_up=1)
     matrices, tokens, features = shape
-    rate = 10 * matrices * tokens * features**2 / times["peak"][:, 0]
-    peak = 2 * PEAK_SIZE**3 / times["peak"][:, 1]
-    cells = [str(shape), str(dtype).removeprefix("torch."), f"{np.median(ours) * 1e3:.1f} ms"]
-    cells += [in_words(times[name][:, 1] / times[name][:, 0]) for name in WAYS]
-    return [*cells, f"{100 * np.median(rate / peak):.0f} %"]
+    rate = 10 * matrices * tokens * features**2 / times["project"]
+    peak = 2 * PEAK_SIZE**3 / times["peak"]
+    return {
+        "shape": shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        "ms": 1e3 * quartiles(times["project"])[1],
+        "ratios": {name: quartiles(times[name] / times["project"]) for name in WAYS},
+        "peak": float(np.median(rate / peak)),
+    }
 
 
-def main() -> None:
-    """Print the table."""
+def measure_setups(shape: tuple[int, int, int], rounds: int) -> dict[str, list[float]]:
+    """Return the quartiles of the ratio of each setup's time to that of ``span``."""
+    q, k, g = (torch.randn(1, *shape) for _ in range(3))
+    times = in_turns({name: partial(setup, g, q, k) for name, setup in SETUPS.items()}, rounds)
+    return {name: quartiles(times[name] / times["span"]) for name in SETUPS}
+
+
+def in_words(ratios: Sequence[float]) -> str:
+    """Return median and quartiles."""
+    low, middle, high = ratios
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds (%(default)s)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    heads = ["(matrices, N, d)", "dtype", "project", *(f"{x} / project" for x in WAYS)]
-    print(f"torch {torch.__version__}, {options.threads} thread(s), {options.rounds} rounds\n")
-    print(f"| {' | '.join([*heads, 'share of peak'])} |")
-    print("|" + " --- |" * (len(heads) + 1))
-    for shape in SHAPES:
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many")
+    add_options(parser, rounds=7)
+    options = parser.parse_args(argv)
+    start(options)
+    rows = []
+    for shape in SHAPES[: options.shapes]:
         for dtype in (torch.float32, torch.bfloat16):
-            print(f"| {' | '.join(row(shape, dtype, options.rounds))} |", flush=True)
+            row = measure(shape, dtype, options.rounds)
+            ratios = ", ".join(f"{name} {in_words(x)}" for name, x in row["ratios"].items())
+            print(
+                f"{shape}, {row['dtype']}: project {row['ms']:.1f} ms, "
+                f"{100 * row['peak']:.0f} % of peak; as many times as long: {ratios}",
+                flush=True,
+            )
+            rows.append(row)
+    setups = measure_setups(SHAPES[0], 3 * options.rounds)
+    print(f"{SHAPES[0]}, setups over span:", {name: in_words(x) for name, x in setups.items()})
+    write(options, {"ways": rows, "setups": setups})
 
 
 if __name__ == "__main__":

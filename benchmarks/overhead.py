@@ -1,140 +1,126 @@
 """Time of a whole training step with span scaling, as a ratio to the same step without it.
 
-A stack of GPT-like decoder blocks is trained by AdamW, once plain and once wrapped. The two take
-turns in one process, step by step, and the ratio is that of each pair of neighbours, so a machine
-that is slow for a while is slow for both. Beside it stands the bound: the floating-point
-operations of the projections over those of the step.
+Each model is trained by AdamW, once plain and once wrapped. The two take turns in one process, step
+by step, and the ratio is that of each pair of neighbours, so a machine that is slow for a while is
+slow for both. Beside it stands the bound: the floating-point operations of the projections over
+those of the step.
 
-    python benchmarks/overhead.py --threads 2
+    python benchmarks/overhead.py                          # every model, not compiled
+    python benchmarks/overhead.py "decoder N=512" --compile
+    python benchmarks/overhead.py demo --profile           # where the time goes
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from speed.cases import Case, Setting, add_cases, build, chosen, training_step
+from speed.measure import add_options, in_turns, quartiles, start, write
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
-from spanopt import SpanScaledOptimizer
+from spanopt import SpanScale, SpanScaledOptimizer
 
-
-class Attention(nn.Module):
-    """Causal self-attention."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, D) to (B, N, D)."""
-        batch, length, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).flatten(-2))
+LR = 1e-4
+SCALES = SpanScale(2.0, 1.0)
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, D) to (B, N, D)."""
-        x = x + self.attn(self.norm(x))
-        return x + self.mlp(x)
+def wrapped(setting: Setting) -> SpanScaledOptimizer:
+    """Return AdamW around a model, wrapped."""
+    adamw = torch.optim.AdamW(setting.model.parameters(), lr=LR)
+    return SpanScaledOptimizer(adamw, setting.model, SCALES)
 
 
-def training_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor
-) -> Callable[[], None]:
-    """Return a function that takes one training step: forward, backward, update."""
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-
-    return step
-
-
-def paired_times(first: Callable[[], None], second: Callable[[], None], pairs: int) -> np.ndarray:
-    """Run the two in turn and return their times in seconds, shape (pairs, 2)."""
-    times = np.zeros((pairs, 2))
-    for pair in range(pairs):
-        for column in (0, 1) if pair % 2 else (1, 0):
-            start = time.perf_counter()
-            (first, second)[column]()
-            times[pair, column] = time.perf_counter() - start
-    return times
+def arms(case: Case, compiled: bool) -> dict[str, Callable[[], None]]:
+    """Return a training step of a model, plain and wrapped."""
+    settings = {name: build(case) for name in ("plain", "wrapped")}
+    optimizers: dict[str, Any] = {
+        "plain": torch.optim.AdamW(settings["plain"].model.parameters(), lr=LR),
+        "wrapped": wrapped(settings["wrapped"]),
+    }
+    if compiled:
+        for setting in settings.values():
+            setting.model.compile()
+    return {name: training_step(settings[name], optimizers[name]) for name in settings}
 
 
-def flops_bound(width: int, heads: int, length: int) -> tuple[float, float]:
-    """Return the projections' share of a training step's floating-point operations.
+def step_flops(case: Case) -> int:
+    """Count the floating-point operations of a plain training step, the optimizer's left out."""
+    setting = build(case)
+    with FlopCounterMode(display=False) as counter:
+        setting.loss().backward()
+    return counter.get_total_flops()
 
-    Per layer and token the step costs 72 D^2, and 12 N D for attention (6 N D where it is causal);
-    the projection of one head costs 6 d^2 with one Gram matrix and one solve, the least that any
-    method needs, and 10 d^2 as computed here, for Q and for K.
+
+def measure(case: Case, compiled: bool, rounds: int) -> dict[str, Any]:
+    """Measure one model.
+
+    Args:
+        case: The model.
+        compiled: Whether it is compiled.
+        rounds: Pairs of steps.
+
+    Returns:
+        ``ms`` of a plain step (the median); first quartile, median and third quartile of the
+        ``ratio``; the ratio that counting operations gives, ``least`` at 6 N d^2 a head and
+        ``bound`` at the 10 N d^2 that are computed; and the ``target``.
     """
-    d = width // heads
-    step = 72 * width**2 + 6 * length * width
-    return tuple(2 * heads * cost * d**2 / step for cost in (6, 10))  # type: ignore[return-value]
+    times = in_turns(arms(case, compiled), rounds)
+    flops = step_flops(case)
+    return {
+        "case": case.name,
+        "compiled": compiled,
+        "length": case.length,
+        "ms": 1e3 * quartiles(times["plain"])[1],
+        "ratio": quartiles(times["wrapped"] / times["plain"]),
+        "least": 1 + case.projection_flops(6) / flops,
+        "bound": 1 + case.projection_flops(10) / flops,
+        "target": case.target,
+    }
 
 
-def main() -> None:
+def show_profile(case: Case) -> None:
+    """Print the operations that take the most time, for a plain and for a wrapped step."""
+    for name, step in arms(case, compiled=False).items():
+        step()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for _ in range(10):
+                step()
+        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15)
+        print(f"{case.name}, {name}, 10 steps\n{table}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--width", type=int, default=768, help="model width D")
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--length", type=int, default=512, help="tokens N per sequence")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=21, help="measured pairs of steps")
-    parser.add_argument("--threads", type=int, default=1)
+    add_cases(parser)
     parser.add_argument("--compile", action="store_true", help="compile both models")
-    options = parser.parse_args()
-
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    plain = nn.Sequential(*(Block(options.width, options.heads) for _ in range(options.layers)))
-    scaled = copy.deepcopy(plain)
-    x = torch.randn(options.batch, options.length, options.width)
-    steps = []
-    for model, wrap in ((plain, False), (scaled, True)):
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        if wrap:
-            optimizer = SpanScaledOptimizer(optimizer, model)
-        if options.compile:
-            model.compile()
-        steps.append(training_step(model, optimizer, x))
-    paired_times(steps[0], steps[1], 3)
-    times = paired_times(steps[0], steps[1], options.pairs)
-
-    ratios = times[:, 1] / times[:, 0]
-    low, middle, high = np.percentile(ratios, [25, 50, 75])
-    least, ours = flops_bound(options.width, options.heads, options.length)
-    print(
-        f"D = {options.width}, {options.heads} heads, N = {options.length}, "
-        f"batch {options.batch}, {options.layers} layers, {options.threads} thread(s), "
-        f"{'compiled' if options.compile else 'eager'}\n"
-        f"plain step       {np.median(times[:, 0]) * 1e3:8.1f} ms (median)\n"
-        f"wrapped / plain  {middle:8.3f} median of {options.pairs} pairs, "
-        f"quartiles {low:.3f} to {high:.3f}, range {ratios.min():.3f} to {ratios.max():.3f}\n"
-        f"bound by flops   {1 + least:8.3f} at 6 N d^2 per head, "
-        f"{1 + ours:.3f} at the 10 N d^2 computed"
-    )
+    parser.add_argument("--profile", action="store_true", help="print a profile in place of times")
+    add_options(parser, rounds=15)
+    options = parser.parse_args(argv)
+    cases = chosen(parser, options.cases)
+    start(options)
+    if options.profile:
+        for case in cases:
+            show_profile(case)
+        return
+    rows = []
+    for case in cases:
+        # Small steps are short and noisy, and there can be more of them.
+        rounds = options.rounds * (10 if case.width < 256 else 1)
+        row = measure(case, options.compile, rounds)
+        low, middle, high = row["ratio"]
+        print(
+            f"{case.name:16s} plain {row['ms']:8.1f} ms, wrapped / plain {middle:.3f} "
+            f"(quartiles {low:.3f} to {high:.3f}), by flops {row['least']:.3f} at least, "
+            f"{row['bound']:.3f} as computed, target {row['target']:.2f}",
+            flush=True,
+        )
+        rows.append(row)
+    write(options, rows)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 TEMPLATE = Path(__file__).parent / "evidence.in.md"
 DOCS = Path(__file__).parent.parent / "docs"
 PLAIN = Trial()
+FROZEN = "(0, 0): Q and K frozen"
 LRS = (4e-3, 8e-3, 16e-3, 32e-3)
 
 
@@ -42,12 +43,22 @@ def scaled(parallel: float, violation: float, base: Trial = PLAIN, **changes: ob
     return replace(base, parallel=parallel, violation=violation, **changes)  # type: ignore[arg-type]
 
 
+def main_arms(base: Trial) -> dict[str, Trial]:
+    """Return the arms that are compared in every other setting."""
+    return {
+        "plain": base,
+        FROZEN: scaled(0, 0, base),
+        "(2, 1)": scaled(2, 1, base),
+        "uniform (2, 2)": scaled(2, 2, base),
+    }
+
+
 PRIMARY = Experiment(
     "primary",
     "Do scaled spans help a causal language model, and is it their geometry that does?",
     arms={
         "plain": PLAIN,
-        "(0, 0): Q and K frozen": scaled(0, 0),
+        FROZEN: scaled(0, 0),
         "(2, 1)": scaled(2, 1),
         "uniform (2, 2)": scaled(2, 2),
         "near-null (1.0001, 1)": scaled(NEAR_NULL, 1),
@@ -97,99 +108,95 @@ CONTROLS = Experiment(
     lrs=LRS,
 )
 
+# What follows is asked of runs of half the length, at the rate that is best for plain there.
+# All arms have the same rate, so what its choice has of chance does not tell them apart.
+HALF = replace(PLAIN, steps=300)
+HALF_SEEDS = tuple(range(8))
+HALF_TUNING_SEEDS = tuple(range(1000, 1004))
+
+
+def at_plains_rate(
+    name: str,
+    question: str,
+    arms: dict[str, Trial],
+    plain: str = "plain",
+    **options: object,
+) -> Experiment:
+    """Return a comparison with the plain runs of half the length, at their best rate."""
+    settings: dict[str, object] = {
+        "seeds": HALF_SEEDS,
+        "tuning_seeds": HALF_TUNING_SEEDS,
+        "lr_of": dict.fromkeys(arms, plain),
+    }
+    arms = {plain: HALF} | arms
+    return Experiment(name, question, arms, plain, LRS, **settings | options)  # type: ignore[arg-type]
+
+
 PATHS_CLIPPED = {
-    "(2, 1)": scaled(2, 1),
-    "(2, 1) to the weights only": scaled(2, 1, path="weights"),
-    "(2, 1) to the inputs only": scaled(2, 1, path="inputs"),
-    "uniform (2, 2)": scaled(2, 2),
-    "uniform (2, 2) to the weights only": scaled(2, 2, path="weights"),
-    "uniform (2, 2) to the inputs only": scaled(2, 2, path="inputs"),
+    "(2, 1)": scaled(2, 1, HALF),
+    "(2, 1) to the weights only": scaled(2, 1, HALF, path="weights"),
+    "(2, 1) to the inputs only": scaled(2, 1, HALF, path="inputs"),
+    "uniform (2, 2)": scaled(2, 2, HALF),
+    "uniform (2, 2) to the weights only": scaled(2, 2, HALF, path="weights"),
+    "uniform (2, 2) to the inputs only": scaled(2, 2, HALF, path="inputs"),
 }
 PATHS_UNCLIPPED = {
-    f"{name}, no clipping": replace(trial, clip=0.0)
-    for name, trial in PATHS_CLIPPED.items()
-    if "(2, 1) to" not in name
+    "(2, 1), no clipping": scaled(2, 1, HALF, clip=0.0),
+    "uniform (2, 2), no clipping": scaled(2, 2, HALF, clip=0.0),
 }
-PATHS = Experiment(
+PATHS = at_plains_rate(
     "paths",
     "By which way does the scaled gradient act: weights, earlier layers, or clipping?",
-    arms={
-        "plain": PLAIN,
-        **PATHS_CLIPPED,
-        "plain, no clipping": replace(PLAIN, clip=0.0),
-        **PATHS_UNCLIPPED,
-    },
-    baseline="plain",
-    lrs=LRS,
-    lr_of=dict.fromkeys([*PATHS_CLIPPED, "plain, no clipping", *PATHS_UNCLIPPED], "plain"),
+    PATHS_CLIPPED | {"plain, no clipping": replace(HALF, clip=0.0)} | PATHS_UNCLIPPED,
     baselines=dict.fromkeys(PATHS_UNCLIPPED, "plain, no clipping"),
 )
 
 FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
-GRID = Experiment(
+GRID = at_plains_rate(
     "grid",
-    "Which pair of scales, at plain's learning rate?",
-    arms={f"({a:g}, {b:g})": scaled(a, b) for a in FACTORS for b in FACTORS},
-    baseline="(1, 1)",
-    lrs=LRS,
-    lr_of={f"({a:g}, {b:g})": "(1, 1)" for a in FACTORS for b in FACTORS if (a, b) != (1, 1)},
-    seeds=(0, 1, 2),
+    "Which pair of scales?",
+    {
+        f"({a:g}, {b:g})": scaled(a, b, HALF)
+        for a in FACTORS
+        for b in FACTORS
+        if (a, b) != (1.0, 1.0)
+    },
+    plain="(1, 1)",
+    seeds=HALF_SEEDS[:3],
 )
 
 MOVED = {
-    "query only": scaled(2, 1, side="query"),
-    "key only": scaled(2, 1, side="key"),
-    "first layer only": scaled(2, 1, where="first"),
-    "last layer only": scaled(2, 1, where="last"),
-    "scales warmed up": scaled(2, 1, scale_schedule="warm-up"),
-    "scales decaying": scaled(2, 1, scale_schedule="decay"),
+    "query only": scaled(2, 1, HALF, side="query"),
+    "key only": scaled(2, 1, HALF, side="key"),
+    "first layer only": scaled(2, 1, HALF, where="first"),
+    "last layer only": scaled(2, 1, HALF, where="last"),
+    "scales warmed up": scaled(2, 1, HALF, scale_schedule="warm-up"),
+    "scales decaying": scaled(2, 1, HALF, scale_schedule="decay"),
 }
-PLACES = Experiment(
+PLACES = at_plains_rate(
     "places",
     "Does it matter on which side, in which layer and when?",
-    arms={"plain": PLAIN, "(2, 1)": scaled(2, 1)}
-    | {f"(2, 1), {name}": trial for name, trial in MOVED.items()},
-    baseline="plain",
-    lrs=LRS,
-    lr_of=dict.fromkeys(["(2, 1)", *(f"(2, 1), {name}" for name in MOVED)], "plain"),
+    {"(2, 1)": scaled(2, 1, HALF)} | {f"(2, 1), {name}": trial for name, trial in MOVED.items()},
+)
+# A wrapped step took 1.3 times as long as a plain one in the primary comparison.
+TIME = at_plains_rate(
+    "time",
+    "Does it help in the same time?",
+    {
+        "(2, 1)": scaled(2, 1, HALF),
+        "(2, 1), 300 / 1.3 steps": scaled(2, 1, HALF, steps=231),
+    },
 )
 
-OTHER_SETUPS = {
-    f"({a:g}, {b:g}), {setup}": scaled(a, b, projection=setup)
-    for setup in ("cross", "oblique", "radial", "feature", "pooled")
-    for a, b in ((2, 1), (1, 0.5))
-}
-SETUPS = Experiment(
+SETUPS = at_plains_rate(
     "setups",
     "Does another notion of the parallel part do better?",
-    arms={"plain": PLAIN, "(2, 1), span": scaled(2, 1), **OTHER_SETUPS},
-    baseline="plain",
-    lrs=LRS,
-    lr_of=dict.fromkeys(["(2, 1), span", *OTHER_SETUPS], "plain"),
+    {
+        f"({a:g}, {b:g}), {setup}": scaled(a, b, HALF, projection=setup)
+        for setup in ("span", "cross", "oblique", "radial", "feature", "pooled")
+        for a, b in ((2, 1), (1, 0.5))
+    },
 )
-
-
-def main_arms(base: Trial) -> dict[str, Trial]:
-    """Return the arms that are compared in every other setting."""
-    return {
-        "plain": base,
-        "(0, 0): Q and K frozen": scaled(0, 0, base),
-        "(2, 1)": scaled(2, 1, base),
-        "uniform (2, 2)": scaled(2, 2, base),
-    }
-
-
-def elsewhere(
-    name: str,
-    question: str,
-    base: Trial,
-    lrs: tuple[float, ...] = LRS,
-    seeds: int = 10,
-) -> Experiment:
-    """Return the comparison of the main arms in another setting."""
-    arms = main_arms(base)
-    return Experiment(name, question, arms, "plain", lrs, tuple(range(seeds)), TUNING_SEEDS[:1])
-
 
 SHARES = Experiment(
     "shares",
@@ -199,57 +206,84 @@ SHARES = Experiment(
     lrs=(16e-3,),
     seeds=(0, 1, 2),
 )
-# A wrapped step took 1.3 times as long as a plain one in the primary comparison.
-TIME = Experiment(
-    "time",
-    "Does it help in the same time?",
-    arms={
-        "plain": PLAIN,
-        "(2, 1), 600 / 1.3 steps": scaled(2, 1, steps=462),
-        "plain, 600 / 1.3 steps": replace(PLAIN, steps=462),
-    },
-    baseline="plain",
-    lrs=LRS,
-    lr_of={"(2, 1), 600 / 1.3 steps": "plain", "plain, 600 / 1.3 steps": "plain"},
-)
+
+
+def elsewhere(
+    name: str,
+    question: str,
+    base: Trial,
+    lrs: tuple[float, ...] = LRS[1:],
+    *,
+    seeds: int = len(HALF_SEEDS),
+    control: bool = True,
+) -> Experiment:
+    """Return the comparison of (2, 1) with plain in another setting, at plain's best rate there.
+
+    Q and K frozen show on three seeds whether attention matters there; the control is uniform
+    amplification.
+    """
+    arms = main_arms(base)
+    if not control:
+        del arms["uniform (2, 2)"]
+    return Experiment(
+        name,
+        question,
+        arms,
+        "plain",
+        lrs,
+        tuple(range(seeds)),
+        TUNING_SEEDS[:1],
+        lr_of={arm: "plain" for arm in arms if arm != "plain"},
+        fewer={FROZEN: 3},
+    )
+
 
 SUBWORDS = elsewhere(
     "subwords",
     "Does it help on subwords (BPE, 1,024 of them)?",
-    replace(PLAIN, task="subwords"),
+    replace(HALF, task="subwords"),
+    LRS,
+    seeds=10,
 )
-# The prototype's own recipe, at the rate that was plain's best there.
+# The prototype's own recipe, at the rate that was plain's best there and at half of it.
 PROTOTYPE_BASE = Trial(
     model="learned", lr_schedule="constant", layers=3, width=96, heads=3, batch=16
 )
-PROTOTYPE = Experiment(
-    "learned-positions",
-    "Does it help without a learning-rate schedule, with learned positions and tied weights?",
-    arms={
-        "plain": PROTOTYPE_BASE,
-        "(2, 1)": scaled(2, 1, PROTOTYPE_BASE),
-        "uniform (2, 2)": scaled(2, 2, PROTOTYPE_BASE),
-        "near-null (1.0001, 1)": scaled(NEAR_NULL, 1, PROTOTYPE_BASE),
-    },
-    baseline="plain",
-    lrs=(4e-3,),
-)
+PROTOTYPES = [
+    Experiment(
+        f"learned-positions-{lr:g}",
+        "Does it help without a learning-rate schedule, with learned positions and tied weights?",
+        arms={
+            "plain": PROTOTYPE_BASE,
+            "(2, 1)": scaled(2, 1, PROTOTYPE_BASE),
+            "uniform (2, 2)": scaled(2, 2, PROTOTYPE_BASE),
+        },
+        baseline="plain",
+        lrs=(lr,),
+        seeds=tuple(range(seeds)),
+    )
+    for lr, seeds in ((4e-3, 6), (2e-3, 4))
+]
 
 HEAD_DIMS = [
     elsewhere(
         f"head-dim-{d}",
         f"Does it help with heads of dimension {d}?",
-        replace(PLAIN, width=128, heads=128 // d),
+        replace(HALF, width=128, heads=128 // d),
+        LRS[:3],
+        seeds=6,
+        control=False,
     )
     for d in (8, 16, 32, 64, 128)
 ]
 LENGTHS = [
     elsewhere(
         f"length-{n}",
-        f"Does it help in sequences of {n} tokens?",
-        replace(PLAIN, length=n, batch=1024 // n),
+        f"Does it help in sequences of {n} tokens, with one head of dimension 64?",
+        replace(HALF, length=n, batch=1024 // n, heads=1),
+        control=False,
     )
-    for n in (32, 64, 256, 512)
+    for n in (32, 64, 128, 256, 512)
 ]
 OPTIMIZER_LRS = {
     "SGD": (0.25, 0.5, 1.0, 2.0),
@@ -262,7 +296,7 @@ OPTIMIZERS = [
     elsewhere(
         f"optimizer-{name.lower()}",
         f"Does it help {name}?",
-        replace(PLAIN, optimizer=name),
+        replace(HALF, optimizer=name),
         lrs,
     )
     for name, lrs in OPTIMIZER_LRS.items()
@@ -271,39 +305,41 @@ RIVALS = Experiment(
     "rivals",
     "How does it compare with other wrappers and optimizers?",
     arms={
-        "plain": PLAIN,
-        "(2, 1)": scaled(2, 1),
-        "uniform (2, 2)": scaled(2, 2),
-        "Lookahead": replace(PLAIN, optimizer="Lookahead"),
-        "OrthoGrad": replace(PLAIN, optimizer="OrthoGrad"),
-        "schedule-free AdamW": replace(PLAIN, optimizer="AdamWScheduleFree"),
-        "Muon": replace(PLAIN, optimizer="Muon"),
+        "plain": HALF,
+        "(2, 1)": scaled(2, 1, HALF),
+        "uniform (2, 2)": scaled(2, 2, HALF),
+        "Lookahead": replace(HALF, optimizer="Lookahead"),
+        "OrthoGrad": replace(HALF, optimizer="OrthoGrad"),
+        "schedule-free AdamW": replace(HALF, optimizer="AdamWScheduleFree"),
+        "Muon": replace(HALF, optimizer="Muon"),
     },
     baseline="plain",
     lrs=LRS,
+    seeds=HALF_SEEDS,
+    lr_of={"(2, 1)": "plain", "uniform (2, 2)": "plain"},
 )
 TASKS = [
     elsewhere(
         "masked",
         "Does it help an encoder that fills masks?",
-        replace(PLAIN, task="masked"),
+        replace(HALF, task="masked"),
     ),
     elsewhere(
         "sequence-to-sequence",
         "Does it help nn.Transformer restore vowels?",
-        replace(PLAIN, task="sequence-to-sequence", model="learned", length=64),
+        replace(HALF, task="sequence-to-sequence", model="learned", length=64),
         (1e-3, 2e-3, 4e-3),
     ),
     elsewhere(
         "digits",
         "Does it help a vision transformer read digits?",
-        replace(PLAIN, task="digits", model="learned", heads=8, length=17, batch=64, steps=300),
+        replace(HALF, task="digits", model="learned", heads=8, length=17, batch=64),
         (2e-3, 4e-3, 8e-3),
     ),
     elsewhere(
         "fine-tuning",
         "Does it help fine-tuning?",
-        replace(PLAIN, task="fine-tuning", steps=300),
+        replace(HALF, task="fine-tuning"),
         (1e-3, 2e-3, 4e-3),
     ),
 ]
@@ -311,10 +347,12 @@ SIZES = [
     elsewhere(
         f"size-{layers}x{width}",
         f"Does it help a decoder of {layers} layers and width {width}?",
-        replace(PLAIN, layers=layers, width=width, heads=width // 32, steps=steps),
-        seeds=seeds,
+        replace(PLAIN, layers=layers, width=width, heads=width // 32),
+        LRS[:3],
+        seeds=6,
+        control=False,
     )
-    for layers, width, steps, seeds in ((3, 96, 600, 10), (4, 128, 1000, 6))
+    for layers, width in ((3, 96), (4, 128))
 ]
 
 QUICK = Experiment(
@@ -327,14 +365,16 @@ QUICK = Experiment(
 )
 
 GROUPS = {
-    "primary": [PRIMARY, CONFIRMATION, CONTROLS, PATHS, SHARES, SETUPS, SUBWORDS, PROTOTYPE],
-    "grid": [GRID, PLACES, TIME],
+    "primary": [PRIMARY, CONFIRMATION, CONTROLS, SHARES, PATHS, SUBWORDS],
+    "grid": [GRID, PLACES, TIME, SETUPS],
     "head-dim": [*HEAD_DIMS, *LENGTHS],
     "optimizers": OPTIMIZERS,
     "rivals": [RIVALS],
     "tasks": TASKS,
-    "sizes": SIZES,
+    "sizes": [*SIZES[:1], *PROTOTYPES, *SIZES[1:]],
 }
+# The comparisons of (2, 1) with plain in other settings than the first.
+SETTINGS = [SUBWORDS, *HEAD_DIMS, *LENGTHS, *OPTIMIZERS, *TASKS, *SIZES]
 EXPERIMENTS = {experiment.name: experiment for group in GROUPS.values() for experiment in group}
 
 
@@ -414,7 +454,7 @@ def run_quick(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
         run_experiments([QUICK], store, text, args.workers)
-        report = Report({"quick": QUICK}, store)
+        report = Report({"quick": [QUICK]}, store)
         print(f"{text.name}, {len(QUICK.seeds)} paired seeds, 200 steps:\n")
         print(report.table(QUICK))
 
@@ -432,7 +472,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "report":
             write_report(store)
         elif args.command == "table":
-            report = Report(EXPERIMENTS, store)
+            report = Report(GROUPS, store)
             for experiment in chosen(args.names):
                 print(f"{experiment.name}: {experiment.question}\n\n{report.table(experiment)}\n")
         else:
@@ -450,7 +490,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_report(store: Store, docs: Path = DOCS) -> None:
     """Write the page and its pictures."""
-    report = Report(EXPERIMENTS, store)
+    report = Report(GROUPS, store)
     page = report.page(TEMPLATE.read_text(encoding="utf-8"))
     for name, draw in FIGURES.items():
         if f"(evidence-{name}.png)" in page:
@@ -467,6 +507,7 @@ FIGURES: dict[str, Callable[[Report], Figure]] = {
     "paths": lambda report: report.forest(PATHS),
     "shares": lambda report: report.shares(SHARES),
     "grid": lambda report: report.heatmap(GRID, FACTORS),
+    "settings": lambda report: report.forest_of_settings(SETTINGS, ["(2, 1)", "uniform (2, 2)"]),
 }
 
 

@@ -182,8 +182,8 @@ def switch_on(
 def rescale_tokens(
     grad: Tensor,
     x: Tensor,
-    parallel: Tensor,
-    violation: Tensor,
+    parallel: float | Tensor,
+    violation: float | Tensor,
     method: Method,
     mask: Tensor | None,
     documents: Tensor | None,
@@ -218,7 +218,9 @@ def rescale_tokens(
     if method.setup != "span":
         other = x if other is None else other
         of_span = SETUPS[method.setup](grad, x, other, ridge=method.ridge, mask=mask)
-        scaled = _multiplied(grad, violation) + _multiplied(of_span, parallel - violation)
+        scaled = _multiplied(of_span, parallel - violation)
+        if isinstance(violation, Tensor) or violation != 0:
+            scaled = scaled + _multiplied(grad, violation)
     elif documents is None:
         scaled = rescale(grad, x, ridge=method.ridge, mask=mask, spread=spread, **factors)
     else:
@@ -347,6 +349,7 @@ class _UniformNode(torch.autograd.Function):
         return _multiplied(grad, ctx.factor), None
 
 
-def _multiplied(grad: Tensor, factor: Tensor) -> Tensor:
-    factor = factor[..., None, None].to(grad.device) if factor.ndim else factor
+def _multiplied(grad: Tensor, factor: float | Tensor) -> Tensor:
+    if isinstance(factor, Tensor) and factor.ndim:
+        factor = factor[..., None, None].to(grad.device)
     return (grad * factor).to(grad.dtype)

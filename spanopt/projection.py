@@ -103,8 +103,8 @@ def orthonormal(basis: Tensor, *, ridge: float | None = None, mask: Tensor | Non
     if mask is not None:
         q = torch.where(mask.expand(basis.shape[:-1]).reshape(len(q), -1, 1), q, 0)
     with _full_precision(basis.device.type):
-        whitened, inverse, failed = _factored(q, max(default_ridge(dtype), ridge or 0.0), None)
-        return torch.where(failed, torch.nan, whitened @ inverse).reshape(basis.shape)
+        whitened, inverse, valid = _factored(q, max(default_ridge(dtype), ridge or 0.0), None)
+        return (whitened @ (inverse * valid)).reshape(basis.shape)
 
 
 def decompose(
@@ -152,7 +152,8 @@ def rescale(
 
     Computes ``parallel * P g + violation * (g - P g)``. It is linear in ``grad``, so it commutes
     with loss scaling and gradient accumulation. Two equal numbers need no projection: the result
-    is then ``parallel * grad``, and ``grad`` itself when both are 1.
+    is then ``parallel * grad``, and ``grad`` itself when both are 1. With the number 0 for
+    ``violation`` the projection is all there is.
 
     Args:
         grad: Gradient of the basis, shape ``(..., N, d)``.
@@ -189,6 +190,8 @@ def rescale(
     dtype = _compute_dtype(torch.promote_types(basis.dtype, grad.dtype))
     a, b = (_per_head(factor, dtype, grad.device) for factor in (parallel, violation))
     projected = _project(basis, grad, ridge, mask, factor=a - b, spread=spread)
+    if not isinstance(violation, Tensor) and violation == 0:
+        return projected.to(grad.dtype)
     return torch.addcmul(projected, grad.to(dtype), b).to(grad.dtype)
 
 
@@ -314,12 +317,12 @@ def _project(
         real = mask.expand(basis.shape[:-1]).reshape(count, basis.shape[-2], 1)
         q, g = torch.where(real, q, 0), torch.where(real, g, 0)
     with _full_precision(basis.device.type):
-        whitened, inverse, failed = _factored(q, ridge, spread)
-        coefficients = inverse @ (inverse.mT @ _total(whitened.mT @ g, spread))
-        coefficients = torch.where(failed, torch.nan, coefficients)
-        if factor is not None:  # on the small matrix, which saves a pass over the tokens
-            by_head = coefficients.reshape(*basis.shape[:-2], *coefficients.shape[1:]) * factor
-            coefficients = by_head.reshape(coefficients.shape)
+        whitened, inverse, weight = _factored(q, ridge, spread)
+        if factor is not None:
+            by_head = weight.reshape(*basis.shape[:-2], 1, 1) * factor
+            weight = by_head.reshape(weight.shape)
+        # The weight goes on the smallest matrix, which saves passes over the others.
+        coefficients = inverse @ ((inverse * weight).mT @ _total(whitened.mT @ g, spread))
         return (whitened @ coefficients).reshape(x.shape)
 
 
@@ -331,12 +334,13 @@ def _full_precision(device_type: str) -> AbstractContextManager[Any]:
 
 
 def _factored(q: Tensor, ridge: float, spread: Spread | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A and T with P = A T (A T)^T, and for each matrix whether there are none."""
+    """Return A and T with P = A T (A T)^T, and for each matrix 1, or NaN if there are none."""
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     identity = identity.expand(q.shape[0], -1, -1).contiguous()
     whitened, gram, failed = _whiten(q, ridge, identity, spread)
     inverse, failed_again = _inverse_factor(gram, identity)
-    return whitened, inverse, (failed + failed_again)[:, None, None] > 0
+    valid = torch.ones_like(failed, dtype=q.dtype).masked_fill(failed + failed_again > 0, torch.nan)
+    return whitened, inverse, valid[:, None, None]
 
 
 def _whiten(
@@ -348,13 +352,16 @@ def _whiten(
     A (A^T A + rho T^T T)^{-1} A^T = Q (Q^T Q + rho I)^{-1} Q^T, so the shift costs no accuracy.
     """
     gram = _total(q.mT @ q, spread)
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    trace = diagonal.sum(-1, keepdim=True)
     trace = trace.masked_fill(trace == 0, 1)  # any scale will do for a zero basis
     # Large enough against the rounding errors of the Gram matrix for the factor to exist.
     shift = max(8 * _matmul_eps(gram.dtype), ridge)
-    inverse, failed = _inverse_factor(gram + shift * trace * identity, identity)
+    diagonal.add_(trace, alpha=shift)
+    inverse, failed = _inverse_factor(gram, identity)
     whitened = q @ inverse
-    gram = _total(whitened.mT @ whitened, spread) + (inverse * (ridge * trace)).mT @ inverse
+    ridged = (inverse * (ridge * trace)[..., None]).mT
+    gram = torch.baddbmm(_total(whitened.mT @ whitened, spread), ridged, inverse)
     return whitened, gram, failed
 
 

@@ -78,6 +78,47 @@ def test_a_diverged_rate_is_not_chosen():
     assert e.best_lr("plain", store) == 4e-3
 
 
+def test_an_arm_may_be_compared_on_fewer_seeds(tmp_path):
+    e = experiment(lrs=(4e-3,), seeds=(0, 1, 2), fewer={"(2, 1)": 2})
+    assert len(e.pending(Store(tmp_path))) == 5 == e.size()
+    assert [trial.seed for trial in e.comparison("(2, 1)", 4e-3)] == [0, 1]
+    loss = {(1.0, 0): 2.0, (1.0, 1): 4.0, (1.0, 2): 9.0, (2.0, 0): 2.2, (2.0, 1): 4.2}
+    store = Losses(lambda trial: loss[trial.parallel, trial.seed])
+    store.run(e)
+    change = Report({"tiny": [e]}, store).change(e, "(2, 1)")
+    assert (change.mean, change.seeds) == (pytest.approx(7.5), 2)
+
+
+def test_settings_are_compared_in_one_table():
+    loss = {1.0: 2.0, 2.0: 1.9}
+    store = Losses(lambda trial: loss[trial.parallel] + 1e-3 * trial.seed * trial.parallel)
+    first, second = experiment(lrs=(4e-3,)), experiment(lrs=(4e-3,), seeds=(0, 1, 2))
+    second = replace(second, name="second", arms=second.arms | {"both": replace(TINY, violation=2)})
+    loss[1.0] = 2.0
+    store.run(first)
+    store.run(second)
+    lines = Report({"all": [first, second]}, store).page("[[settings all]]").splitlines()
+    assert lines[0].startswith("| setting | learning rate | plain's loss | (2, 1) | both |")
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| tiny", "| second"]
+    assert "| -4.9" in lines[2]
+    assert lines[2].count("|") == lines[3].count("|") == 7
+
+
+def test_steps_to_the_baselines_loss():
+    curves = {1.0: [(10, 3.0), (20, 2.0)], 2.0: [(10, 2.5), (20, 1.5)]}
+
+    class Curves(Losses):
+        def get(self, trial):
+            return super().get(trial) and {"curve": curves[trial.parallel]}
+
+    e, store = experiment(lrs=(4e-3,)), Curves(lambda trial: 1.0)
+    store.asked.update(t for arm in e.arms for t in e.comparison(arm, 4e-3))
+    report = Report({"tiny": [e]}, store)
+    assert report.page("[[steps tiny | (2, 1)]]") == "15"
+    curves[2.0] = [(10, 4.0), (20, 2.5)]
+    assert report.steps_to(e, "(2, 1)") == "> 20"
+
+
 def test_an_arm_may_take_the_rate_of_another():
     store = Losses(lambda trial: math.log(trial.lr / (4e-3 * trial.parallel)) ** 2)
     own, shared = experiment(), experiment(lr_of={"(2, 1)": "plain"})
@@ -229,7 +270,7 @@ def test_an_experiment_runs_resumes_and_is_reported(tmp_path):
     }
     assert losses(after) == losses(before)
     assert Store(tmp_path).texts == {TEXT.digest: "letters"}
-    report = Report({"tiny": e}, Store(tmp_path))
+    report = Report({"tiny": [e]}, Store(tmp_path))
     page = report.page("[[table tiny]]\n[[change tiny | (2, 1)]] [[loss tiny | plain]]")
     change = compare(*([losses(before)[seed, p] for seed in (0, 1)] for p in (2.0, 1.0)))
     assert f"| {change.mean:+.2f} | {change.low:+.2f} to {change.high:+.2f} |" in page
@@ -297,11 +338,12 @@ def test_a_line_that_is_no_result_is_named(tmp_path):
         ("[[table nothing]]", "no experiment is named 'nothing'"),
         ("[[loss tiny | (9, 9)]]", "has no arm"),
         ("[[loss tiny | plain]]", "are missing"),
+        ("[[settings nothing]]", "no group is named 'nothing'"),
         ("[[colour tiny]]", "no placeholder is named 'colour'"),
     ],
 )
 def test_a_placeholder_that_cannot_be_filled_is_an_error(placeholder, message, tmp_path):
-    report = Report({"tiny": experiment(lrs=(4e-3,))}, Store(tmp_path))
+    report = Report({"tiny": [experiment(lrs=(4e-3,))]}, Store(tmp_path))
     with pytest.raises(ValueError, match=message):
         report.page(placeholder)
 
@@ -343,7 +385,7 @@ def test_the_page_is_what_the_results_give(tmp_path):
     for path in tmp_path.glob("*.png"):
         assert (study.DOCS / path.name).exists()
         assert f"({path.name})" in page
-    report = Report(study.EXPERIMENTS, Store(study.RESULTS))
+    report = Report(study.GROUPS, Store(study.RESULTS))
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     docstring = " ".join(SpanScale.__doc__.split())
     for arm in ("(2, 1)", "near-null (1.0001, 1)", "(1, 0): span only", "(0, 1): violation only"):

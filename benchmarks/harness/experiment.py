@@ -35,6 +35,7 @@ class Experiment:
         tuning_seeds: What learning rates are chosen on.
         lr_of: For an arm that is not tuned by itself, the arm whose rate it takes.
         baselines: For an arm that is compared with another one than ``baseline``, that one.
+        fewer: For an arm that is compared on the first of ``seeds`` only, how many.
     """
 
     name: str
@@ -46,10 +47,15 @@ class Experiment:
     tuning_seeds: tuple[int, ...] = TUNING_SEEDS
     lr_of: Mapping[str, str] = field(default_factory=dict)
     baselines: Mapping[str, str] = field(default_factory=dict)
+    fewer: Mapping[str, int] = field(default_factory=dict)
 
     def baseline_of(self, arm: str) -> str:
         """Return the name of the arm that one is compared with."""
         return self.baselines.get(arm, self.baseline)
+
+    def seeds_of(self, arm: str) -> tuple[int, ...]:
+        """Return the seeds that an arm is compared on."""
+        return self.seeds[: self.fewer.get(arm)]
 
     def sweep(self, arm: str, lr: float) -> list[Trial]:
         """Return the trials that tell how good a learning rate is for an arm."""
@@ -102,7 +108,7 @@ class Experiment:
 
     def comparison(self, arm: str, lr: float) -> list[Trial]:
         """Return the trials by which an arm is compared."""
-        return [replace(self.arms[arm], lr=lr, seed=seed) for seed in self.seeds]
+        return [replace(self.arms[arm], lr=lr, seed=seed) for seed in self.seeds_of(arm)]
 
     def pending(self, store: Store) -> list[Trial]:
         """Return the trials that can be run now, the most wanted first."""
@@ -117,10 +123,11 @@ class Experiment:
                     yield from self.sweep(arm, lr)
         for seed in self.seeds:
             for arm, rate in known.items():
-                if rate is not None:
+                if rate is not None and seed in self.seeds_of(arm):
                     yield replace(self.arms[arm], lr=rate, seed=seed)
 
     def size(self) -> int:
         """Return how many trials it takes, as far as can be told beforehand."""
         tuned = 0 if len(self.lrs) == 1 else len(self.arms) - len(self.lr_of)
-        return tuned * len(self.lrs) * len(self.tuning_seeds) + len(self.arms) * len(self.seeds)
+        compared = sum(len(self.seeds_of(arm)) for arm in self.arms)
+        return tuned * len(self.lrs) * len(self.tuning_seeds) + compared

@@ -38,20 +38,28 @@ class Notes(Generic[_T]):
 
     def of(self, x: Any) -> _T | None:
         """Return the note on a tensor, ``None`` where there is none."""
-        for other, note in self._traced:
-            if x is other:
-                return note
-        if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        if self._traced:
+            for other, note in self._traced:
+                if x is other:
+                    return note
+        if not self._noted or torch.compiler.is_compiling():
             return None
-        return getattr(x, _ATTRIBUTE, {}).get(id(self))
+        notes = getattr(x, _ATTRIBUTE, None)
+        return None if notes is None else notes.get(id(self))
+
+    def is_empty(self) -> bool:
+        """Return whether there is none."""
+        return not (self._noted or self._traced)
 
     def __setitem__(self, x: Tensor, note: _T) -> None:
         if torch.compiler.is_compiling():
             self._traced.insert(0, (x, note))
             return
-        if not hasattr(x, _ATTRIBUTE):
-            setattr(x, _ATTRIBUTE, {})
-        getattr(x, _ATTRIBUTE)[id(self)] = note
+        notes = getattr(x, _ATTRIBUTE, None)
+        if notes is None:
+            setattr(x, _ATTRIBUTE, {id(self): note})
+        else:
+            notes[id(self)] = note
         self._noted.append(weakref.ref(x))
 
     def close(self) -> None:

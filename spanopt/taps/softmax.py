@@ -246,7 +246,7 @@ def _operand(tap: Tap, x: Tensor, given: Tokens | None, other: Tensor | None) ->
             x,
             query.factors,
             key.factors,
-            project="general" in (query.mode, key.mode),
+            project=query.projects() or key.projects(),
             method=tap.method,
             other=other,
             documents=None if given is None else by_document(given, x.shape),
@@ -499,6 +499,18 @@ def _by_position(handler: Handler) -> Handler:
     return handle
 
 
+def _with_scores(handler: Handler) -> Handler:
+    """Spare calls the handler as long as there are no scores, as where they are never seen."""
+
+    def handle(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+        call = tap.current_call()
+        if call is None or call.scores.is_empty():
+            return func(*args, **kwargs)
+        return handler(tap, func, *args, **kwargs)
+
+    return handle
+
+
 _BY_NAME: dict[str, Handler] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **dict.fromkeys(_SHAPED_AS, _shaped_as),
@@ -517,4 +529,11 @@ _BY_NAME: dict[str, Handler] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     "softmax": _softmax,
 }
-HANDLERS = {name: _by_position(handler) for name, handler in _BY_NAME.items()}
+# Where scores come from or are missed; the others only follow them.
+_SOURCES = frozenset(
+    {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "baddbmm", "einsum", "softmax"}
+)
+HANDLERS = {
+    name: _by_position(handler) if name in _SOURCES else _with_scores(_by_position(handler))
+    for name, handler in _BY_NAME.items()
+}

@@ -55,10 +55,15 @@ class Streams:
         return self._bits(x) & self._streams
 
     def _bits(self, x: Tensor) -> int:
-        for bit, stream in enumerate(self._inputs):
+        return self._input_bit(x) or self._notes.of(x) or 0
+
+    def _input_bit(self, x: Tensor) -> int:
+        bit = _OF_SCORES
+        for stream in self._inputs:
+            bit <<= 1
             if x is stream:
-                return _OF_SCORES << (1 + bit)
-        return self._notes.of(x) or 0
+                return bit
+        return 0
 
     def is_of_scores(self, x: Tensor) -> bool:
         """Return whether a tensor was computed from a product of activations."""
@@ -99,7 +104,9 @@ class Streams:
         if name in _NEW:
             return
         bits = 0
-        given = _tensors_in(args[:1] if name in _SHAPED_AS else (args, kwargs))
+        given = _tensors_in(args[:1] if name in _SHAPED_AS else args)
+        if kwargs and name not in _SHAPED_AS:
+            given += _tensors_in(kwargs)
         for x in given:
             bits |= self._bits(x)
         if not bits:
@@ -107,8 +114,8 @@ class Streams:
             return
         # Without a result it is an assignment to a part of the first argument.
         for x in _tensors_in(args[:1] if result is None else result):
-            if not any(x is stream for stream in self._inputs):
-                self._notes[x] = bits | (self._bits(x) & _OF_SCORES)
+            if self._input_bit(x) == 0:
+                self._notes[x] = bits | ((self._notes.of(x) or 0) & _OF_SCORES)
 
     def _follow_parameters(self, name: str, result: Any, given: list[Tensor]) -> None:
         constants = [x for x in given if not x.requires_grad and self._made_of(x) is None]
@@ -147,6 +154,11 @@ def _tensors_in(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
+    found: list[Tensor] = []
     if isinstance(value, (tuple, list)):
-        return [x for item in value for x in _tensors_in(item)]
-    return []
+        for item in value:  # written out, as it runs for every function that a layer calls
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif isinstance(item, (tuple, list, dict)):
+                found += _tensors_in(item)
+    return found

@@ -48,7 +48,8 @@ class SideScale(NamedTuple):
 
     Attributes:
         mode: ``"identity"`` (both factors 1: no node), ``"uniform"`` (equal factors: a
-            multiplication) or ``"general"``.
+            multiplication), ``"parallel"`` (no violation is left: only the projection) or
+            ``"general"``.
         factors: Parallel and violation, shape ``(2,)`` or ``(2, H)``. One tensor, as
             ``torch.compile`` takes time for each.
         ridge: As in :class:`~spanopt.node.Method`.
@@ -87,6 +88,8 @@ class SideScale(NamedTuple):
         general = general or (method.preserve_norm and parallel != 1)
         if parallel == violation and not general:
             mode = "identity" if parallel == 1 else "uniform"
+        elif violation == 0 and not general:
+            mode = "parallel"
         dtype = torch.float32 if device.type == "mps" else torch.float64
         with torch.inference_mode(False):  # these tensors outlive such a block
             values = [torch.tensor(factor, dtype=dtype, device=device) for factor in factors]
@@ -122,16 +125,20 @@ class SideScale(NamedTuple):
             watch_node(watcher, Watched(layer, side, x, method, mask, documents, other), node)
         return node
 
+    def projects(self) -> bool:
+        """Whether a node of this side projects."""
+        return self.mode in ("parallel", "general")
+
     def _node(
         self, x: Tensor, mask: Tensor | None, documents: Tensor | None, other: Tensor | None
     ) -> Tensor:
-        if self.mode != "general":
+        if not self.projects():
             return uniform_node(x, self.factors[0])
         parallel, violation = self.factors.unbind()
         return span_node(
             x,
             parallel,
-            violation,
+            0.0 if self.mode == "parallel" else violation,
             ridge=self.ridge,
             mask=mask,
             documents=documents,
@@ -537,8 +544,8 @@ class Tap(TorchFunctionMode):
 
     def projects(self, *tensors: Tensor) -> bool:
         """Whether a node on one of these will project, which is when real tokens matter."""
-        general = "general" in (self.query.mode, self.key.mode) or self.watcher is not None
-        return general and any(x.requires_grad for x in tensors) and torch.is_grad_enabled()
+        project = self.query.projects() or self.key.projects() or self.watcher is not None
+        return project and any(x.requires_grad for x in tensors) and torch.is_grad_enabled()
 
     def is_idle(self) -> bool:
         """Whether no node is needed."""

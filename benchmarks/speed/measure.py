@@ -1,0 +1,112 @@
+"""Measuring time in turns, and memory by counting."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+__all__ = [
+    "add_options",
+    "counting_saved",
+    "in_turns",
+    "live_bytes",
+    "quartiles",
+    "start",
+    "write",
+]
+
+
+def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Add the options that all benchmarks have."""
+    parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=rounds, help="measured (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results here, as JSON")
+
+
+def start(options: argparse.Namespace) -> None:
+    """Prepare for measuring: threads and seed."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+
+
+def in_turns(
+    steps: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 3
+) -> dict[str, np.ndarray]:
+    """Call functions in turns, in an order that rotates.
+
+    Args:
+        steps: The functions by name.
+        rounds: How often each is measured.
+        warm_up: How often each is called before.
+
+    Returns:
+        For each its times in seconds, shape ``(rounds,)``: those of one round are neighbours in
+        time, so a machine that is slow for a while is slow for all of them.
+    """
+    names = list(steps)
+    times = {name: np.zeros(rounds) for name in names}
+    for turn in range(-warm_up, rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            begin = time.perf_counter()
+            steps[name]()
+            if turn >= 0:
+                times[name][turn] = time.perf_counter() - begin
+    return times
+
+
+def quartiles(values: np.ndarray | Sequence[float]) -> list[float]:
+    """Return first quartile, median and third quartile."""
+    return [float(x) for x in np.percentile(values, [25, 50, 75])]
+
+
+@contextmanager
+def counting_saved() -> Iterator[dict[int, int]]:
+    """Count what is saved for backward: bytes by storage, each once."""
+    saved: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        yield saved
+
+
+def live_bytes() -> int:
+    """Return the bytes of all tensors that Python can reach, storages counted once."""
+    gc.collect()
+    storages = {}
+    for x in gc.get_objects():
+        if issubclass(type(x), Tensor):  # isinstance would wake lazy objects
+            storage = x.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def write(options: argparse.Namespace, rows: Any, **conditions: Any) -> None:
+    """Write results and what they were measured with, if asked to."""
+    if options.out is None:
+        return
+    record = {
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": options.threads,
+        "rounds": options.rounds,
+        **conditions,
+        "rows": rows,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
