@@ -28,7 +28,9 @@ rank, processes = dist.get_rank(), dist.get_world_size()
 
 torch.manual_seed(0)
 model = DistributedDataParallel(Decoder().to(device))
-optimizer = SpanScaledOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
+optimizer = SpanScaledOptimizer(
+    torch.optim.AdamW(model.parameters(), lr=1e-3), model, {"*": (2.0, 1.0)}
+)
 step = 0
 if args.checkpoint.exists():
     state = torch.load(args.checkpoint, map_location=device)

@@ -33,7 +33,9 @@ model = Decoder().to(device)
 for layer in model.body.layers:
     fully_shard(layer)
 fully_shard(model)
-optimizer = SpanScaledOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
+optimizer = SpanScaledOptimizer(
+    torch.optim.AdamW(model.parameters(), lr=1e-3), model, {"*": (2.0, 1.0)}
+)
 step = max((int(path.name) for path in args.checkpoints.glob("*")), default=0)
 if step:
     parts, state = get_state_dict(model, optimizer)  # without the scales, which the hooks have

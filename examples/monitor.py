@@ -15,7 +15,9 @@ from spanopt import SpanMonitor, SpanScaledOptimizer
 path, steps = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
 model, text = Decoder(), Text(torch.device("cpu"))
-optimizer = SpanScaledOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-3), model)
+optimizer = SpanScaledOptimizer(
+    torch.optim.AdamW(model.parameters(), lr=3e-3), model, {"*": (2.0, 1.0)}
+)
 with SpanMonitor(optimizer, every=max(1, steps // 40)) as monitor:
     for step in range(steps):
         inputs, targets = text.batch(step)

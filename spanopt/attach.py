@@ -50,7 +50,7 @@ class UnscaledLayerError(RuntimeError):
         ...     def forward(self, x):
         ...         q, k, v = self.qkv(x).chunk(3, -1)
         ...         return q @ (k.mT @ v)
-        >>> with attach(Linear(), example_inputs=torch.randn(2, 3, 4)):
+        >>> with attach(Linear(), SpanScale(2.0), example_inputs=torch.randn(2, 3, 4)):
         ...     pass
         Traceback (most recent call last):
         ...
@@ -70,7 +70,7 @@ class SpanHooks:
     Example:
         >>> from torch import nn
         >>> model = nn.TransformerEncoderLayer(8, nhead=2)
-        >>> with attach(model) as hooks:
+        >>> with attach(model, SpanScale(2.0)) as hooks:
         ...     hooks.groups
         [{'name': 'self_attn', 'parallel': 2.0, 'violation': 1.0, 'query': None, 'key': None}]
         >>> len(model.self_attn._forward_hooks)
@@ -158,7 +158,7 @@ class SpanHooks:
         Example:
             >>> from torch import nn
             >>> model = nn.TransformerEncoderLayer(8, nhead=2)
-            >>> hooks = attach(model)
+            >>> hooks = attach(model, SpanScale(2.0))
             >>> hooks.drop([model.self_attn])
             >>> hooks.unseen()
             []
@@ -188,7 +188,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
-            >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).unseen()
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).unseen()
             ['self_attn']
         """
         if [*map(id, self.groups)] != [*map(id, self._groups)]:
@@ -206,7 +206,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
-            >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).forget()
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).forget()
         """
         for tap in self._taps:
             tap.seen = False
@@ -221,7 +221,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
-            >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).check()
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).check()
             Traceback (most recent call last):
             ...
             spanopt.attach.UnscaledLayerError: not scaled since the last step: ...
@@ -258,7 +258,7 @@ class SpanHooks:
         Example:
             >>> import torch
             >>> model = torch.nn.TransformerEncoderLayer(8, nhead=2)
-            >>> hooks = attach(model)
+            >>> hooks = attach(model, SpanScale(2.0))
             >>> hooks.probe(model, torch.randn(5, 1, 8))
             >>> hooks.sites[0].query_length
             5
@@ -296,7 +296,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
-            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2))
+            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
             >>> hooks.has_run(hooks.sites[0])
             False
         """
@@ -313,7 +313,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
-            >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).hold(["self_attn"])
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).hold(["self_attn"])
         """
         names = set(names)
         for tap, group in zip(self._taps, self._groups, strict=True):
@@ -329,7 +329,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
-            >>> attach(nn.TransformerEncoderLayer(8, nhead=2)).watch(None)
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).watch(None)
         """
         for tap in self._taps:
             tap.watcher = watcher
@@ -342,7 +342,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
-            >>> list(attach(nn.TransformerEncoderLayer(8, nhead=2)).state_dict())
+            >>> list(attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).state_dict())
             ['span_groups']
         """
         return {"span_groups": [group.plain() for group in self.groups]}
@@ -359,7 +359,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
-            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2))
+            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
             >>> hooks.load_state_dict(hooks.state_dict())
         """
         scales = scales_of(state_dict.get("span_groups"))
@@ -383,7 +383,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
-            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2))
+            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
             >>> hooks.set_scales({"self_attn": SpanScale(3.0, 1.0)})
         """
         before = [(group, group.scale) for group in self.groups]
@@ -401,7 +401,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
-            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2))
+            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
             >>> hooks.remove()
         """
         for tap in (None, *self._taps, *self._shields):
@@ -449,7 +449,8 @@ def attach(
     Args:
         model: Any module with attention layers that :func:`~spanopt.find_attention` finds.
         scales: Scales by layer name or pattern, see :func:`~spanopt.scale.resolve_scales`; one
-            :class:`~spanopt.SpanScale` for all; by default ``{"*": SpanScale()}``.
+            :class:`~spanopt.SpanScale` for all. Left out it is ``{"*": SpanScale()}``, which
+            changes nothing until the scales are edited, and says so in a warning.
         ridge: As in :func:`~spanopt.project`.
         on_missing: What to do about a layer that was asked for and turns out not to be scaled:
             ``"error"``, ``"warn"`` or ``"ignore"``.
@@ -597,7 +598,7 @@ def plan(
         ValueError: As in :func:`attach`.
 
     Example:
-        >>> plan(nn.TransformerEncoderLayer(8, nhead=2)).scales
+        >>> plan(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).scales
         {'self_attn': SpanScale(parallel=2.0, violation=1.0, query=None, key=None)}
     """
     sites, projected = _project_sites(model, find_attention(model), projections or {})
@@ -611,6 +612,13 @@ def plan(
         )
     before = [] if hooks is None else hooks.sites  # by their keys too, when they are gone by now
     names = {site.name: None for site in (*sites, *before)}
+    if scales is None and hooks is None:
+        warnings.warn(
+            "no scales were given, and by default gradients stay as they are: pass, say, "
+            "scales={'*': SpanScale(parallel=2.0, violation=1.0)}, or scales=SpanScale() to edit "
+            "them later",
+            stacklevel=3,
+        )
     resolved = resolve_scales(scales, list(names))
     methods = rules.of(list(names))
     for site in sites:  # a layer that is asked for by name is attention
@@ -659,7 +667,7 @@ def table(hooks: SpanHooks) -> str:
 
     Example:
         >>> from torch import nn
-        >>> print(table(attach(nn.TransformerEncoderLayer(8, nhead=2))))
+        >>> print(table(attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))))
         layer      class               tap     heads  head dim  query (par, vio)  key (par, vio)
         self_attn  MultiheadAttention  packed  2      4         2.0, 1.0          2.0, 1.0
     """

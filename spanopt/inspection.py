@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spanopt.attach import aligned, attach, described
+from spanopt.scale import SpanScale
 from spanopt.sites import AttentionSite, find_attention, unwrap
 
 __all__ = ["InspectedLayer", "Inspection", "guess_inputs", "inspect_model"]
@@ -108,7 +109,7 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
         except Exception as caught:
             attempts, error = [], caught
     for inputs in attempts:
-        with attach(model, on_missing="ignore") as hooks:
+        with attach(model, SpanScale(2.0, 1.0), on_missing="ignore") as hooks:
             try:
                 hooks.probe(model, inputs)
             except Exception as caught:

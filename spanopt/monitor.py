@@ -91,7 +91,8 @@ class SpanMonitor:
 
     Example:
         >>> model = torch.nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16)
-        >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = SpanScaledOptimizer(sgd, model, {"*": (2.0, 1.0)})
         >>> with SpanMonitor(optimizer, every=2) as monitor:
         ...     for _ in range(4):
         ...         optimizer.zero_grad()
@@ -188,7 +189,8 @@ class SpanMonitor:
 
         Example:
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
-            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> sgd = torch.optim.SGD(model.parameters())
+            >>> optimizer = SpanScaledOptimizer(sgd, model, {"*": (2.0, 1.0)})
             >>> x = torch.randn(16, 3, 8)
             >>> monitor = SpanMonitor(optimizer)
             >>> model(x, x, x)[0].pow(2).mean().backward()
@@ -215,7 +217,8 @@ class SpanMonitor:
 
         Example:
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
-            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> sgd = torch.optim.SGD(model.parameters())
+            >>> optimizer = SpanScaledOptimizer(sgd, model, {"*": (2.0, 1.0)})
             >>> x = torch.randn(16, 3, 8)
             >>> monitor = SpanMonitor(optimizer)
             >>> model(x, x, x)[0].pow(2).mean().backward()
@@ -235,7 +238,8 @@ class SpanMonitor:
 
         Example:
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
-            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> sgd = torch.optim.SGD(model.parameters())
+            >>> optimizer = SpanScaledOptimizer(sgd, model, {"*": (2.0, 1.0)})
             >>> x = torch.randn(16, 3, 8)
             >>> monitor = SpanMonitor(optimizer)
             >>> model(x, x, x)[0].pow(2).mean().backward()

@@ -58,7 +58,8 @@ class SpanScaledOptimizer(Optimizer):
             that interface.
         model: The model whose attention layers are scaled.
         scales: Scales by layer name or pattern: see :func:`~spanopt.scale.resolve_scales`. One
-            :class:`~spanopt.SpanScale` for all layers; by default ``{"*": SpanScale()}``.
+            :class:`~spanopt.SpanScale` for all layers. Left out it is ``{"*": SpanScale()}``,
+            which changes nothing until ``span_groups`` are edited, and says so in a warning.
         ridge: As in :func:`~spanopt.project`.
         on_missing: What to do when a backward pass has run since the last step in which a layer
             that was asked for was not scaled: ``"error"``, ``"warn"`` or ``"ignore"``.
@@ -177,7 +178,8 @@ class SpanScaledOptimizer(Optimizer):
         Example:
             >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
-            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> sgd = torch.optim.SGD(model.parameters())
+            >>> optimizer = SpanScaledOptimizer(sgd, model, SpanScale(2.0))
             >>> for group in optimizer.span_groups:
             ...     group["parallel"] = 1.5
         """
@@ -200,7 +202,8 @@ class SpanScaledOptimizer(Optimizer):
         Example:
             >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
-            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> sgd = torch.optim.SGD(model.parameters())
+            >>> optimizer = SpanScaledOptimizer(sgd, model, SpanScale(2.0))
             >>> optimizer.step()  # no backward pass yet, nothing to do
         """
         for pre_hook in self._optimizer_step_pre_hooks.values():
@@ -274,7 +277,8 @@ class SpanScaledOptimizer(Optimizer):
         Example:
             >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
-            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> sgd = torch.optim.SGD(model.parameters())
+            >>> optimizer = SpanScaledOptimizer(sgd, model, SpanScale(2.0))
             >>> optimizer.zero_grad(set_to_none=True)
         """
         remove_stale()
@@ -297,7 +301,8 @@ class SpanScaledOptimizer(Optimizer):
         Example:
             >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
-            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> sgd = torch.optim.SGD(model.parameters())
+            >>> optimizer = SpanScaledOptimizer(sgd, model, SpanScale(2.0))
             >>> optimizer.add_param_group({"params": torch.nn.Linear(2, 2).parameters()})
             >>> len(optimizer.param_groups)
             2
@@ -343,7 +348,8 @@ class SpanScaledOptimizer(Optimizer):
         Example:
             >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
-            >>> optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model)
+            >>> sgd = torch.optim.SGD(model.parameters())
+            >>> optimizer = SpanScaledOptimizer(sgd, model, SpanScale(2.0))
             >>> optimizer.state_dict()["span_groups"]
             [{'name': '', 'parallel': 2.0, 'violation': 1.0, 'query': None, 'key': None}]
         """
@@ -376,7 +382,7 @@ class SpanScaledOptimizer(Optimizer):
             >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
             >>> bare = torch.optim.SGD(model.parameters())
-            >>> optimizer = SpanScaledOptimizer(bare, model)
+            >>> optimizer = SpanScaledOptimizer(bare, model, SpanScale(2.0))
             >>> optimizer.load_state_dict(bare.state_dict())
         """
         if self._is_front:
@@ -480,7 +486,7 @@ class SpanScaledOptimizer(Optimizer):
             >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
             >>> bare = torch.optim.SGD(model.parameters())
-            >>> SpanScaledOptimizer(bare, model).detach() is bare
+            >>> SpanScaledOptimizer(bare, model, SpanScale(2.0)).detach() is bare
             True
         """
         if self._is_front:

@@ -79,7 +79,8 @@ class SpanScheduler:
         Example:
             >>> from torch import nn
             >>> from spanopt import attach
-            >>> scheduler = SpanScheduler(attach(nn.MultiheadAttention(8, 2)), linear(10))
+            >>> hooks = attach(nn.MultiheadAttention(8, 2), {"*": (2.0, 1.0)})
+            >>> scheduler = SpanScheduler(hooks, linear(10))
             >>> scheduler.step()
         """
         scales = self._scales_at(self._step + 1)
@@ -113,7 +114,8 @@ class SpanScheduler:
         Example:
             >>> from torch import nn
             >>> from spanopt import attach
-            >>> SpanScheduler(attach(nn.MultiheadAttention(8, 2)), constant()).state_dict()["step"]
+            >>> hooks = attach(nn.MultiheadAttention(8, 2), {"*": (2.0, 1.0)})
+            >>> SpanScheduler(hooks, constant()).state_dict()["step"]
             0
         """
         base = [SpanGroup(name, scale).plain() for name, scale in self._base.items()]
@@ -132,7 +134,8 @@ class SpanScheduler:
         Example:
             >>> from torch import nn
             >>> from spanopt import attach
-            >>> scheduler = SpanScheduler(attach(nn.MultiheadAttention(8, 2)), linear(10))
+            >>> hooks = attach(nn.MultiheadAttention(8, 2), {"*": (2.0, 1.0)})
+            >>> scheduler = SpanScheduler(hooks, linear(10))
             >>> scheduler.load_state_dict(scheduler.state_dict())
         """
         step, base = state_dict.get("step"), scales_of(state_dict.get("base_scales"))

@@ -44,7 +44,7 @@ def token_mask(masks: Masks) -> Iterator[None]:
         >>> model = torch.nn.MultiheadAttention(8, num_heads=2, batch_first=True)
         >>> x = torch.randn(2, 4, 8)
         >>> real = torch.tensor([[True, True, True, False], [True, True, False, False]])
-        >>> with attach(model), token_mask(real):
+        >>> with attach(model, {"*": (2.0, 1.0)}), token_mask(real):
         ...     model(x, x, x)[0][real].sum().backward()
     """
     names = {tap.site.name for tap in live_taps if not tap.removed}

@@ -353,7 +353,7 @@ def a_checkpoint_of_all_processes_is_loaded_on_half_of_them():
     join("half", rank, half)
     torch.manual_seed(3)
     model = sharded(Decoder().double())
-    optimizer = SpanScaledOptimizer(adamw(model.parameters()), model)
+    optimizer = SpanScaledOptimizer(adamw(model.parameters()), model, SpanScale(2.0, 1.0))
     state = parts_of(model, optimizer)
     dcp.load(state, checkpoint_id=directory)
     set_model_state_dict(model, state["model"])

@@ -54,7 +54,7 @@ def x():
 def test_removal_leaves_the_model_as_it_was(model, x):
     functions = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
     before, keys = snapshot(model), list(model.state_dict())
-    hooks = attach(model)
+    hooks = attach(model, SpanScale(2.0, 1.0))
     assert list(model.state_dict()) == keys
     model(x).sum().backward()
     model.zero_grad()
@@ -67,14 +67,14 @@ def test_removal_leaves_the_model_as_it_was(model, x):
 
 def test_the_context_manager_removes_the_hooks_after_an_exception(model, x):
     before = snapshot(model)
-    with pytest.raises(ZeroDivisionError), attach(model):
+    with pytest.raises(ZeroDivisionError), attach(model, SpanScale(2.0, 1.0)):
         _fail(model, x, model(x))
     assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("layer", ["score", "packed"])
 def test_an_exception_in_forward_leaves_no_mode_entered_and_the_next_pass_right(model, x, layer):
-    with attach(model):
+    with attach(model, SpanScale(2.0, 1.0)):
         expected = gradients(model, model(x).sum())
         module = getattr(model, layer)
         handle = module.register_forward_hook(_fail)
@@ -99,7 +99,7 @@ def test_an_earlier_pre_hook_that_raises_does_not_pop_the_users_own_mode(model, 
     def fail(module, args):
         raise ZeroDivisionError
 
-    with attach(model), Mine() as mine:
+    with attach(model, SpanScale(2.0, 1.0)), Mine() as mine:
         model.score.register_forward_pre_hook(fail, prepend=True)
         with pytest.raises(ZeroDivisionError):
             model(x)
@@ -108,7 +108,7 @@ def test_an_earlier_pre_hook_that_raises_does_not_pop_the_users_own_mode(model, 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_nothing_happens_without_gradients(model, x, context, monkeypatch):
-    with attach(model) as hooks:
+    with attach(model, SpanScale(2.0, 1.0)) as hooks:
         for tap in hooks._taps:
             monkeypatch.setattr(tap, "_handlers", None)  # any use of it would raise
         with context():
@@ -124,7 +124,7 @@ def test_inference_inside_a_forward_pass_is_left_alone(x):
             return x * 1.0
 
     model = Peeking()
-    with attach(model) as hooks:
+    with attach(model, SpanScale(2.0, 1.0)) as hooks:
         model(x)
         assert hooks.unseen() == [""]
 
@@ -134,9 +134,9 @@ def test_two_attachments_may_share_a_model_but_not_a_layer(model, x):
         with attach(model, {"packed": (2.0, 1.0), "score": None}):
             both = gradients(model, model(x).pow(2).sum())
         with pytest.raises(ValueError, match="layer 'score' is scaled already"):
-            attach(model)
+            attach(model, SpanScale(2.0, 1.0))
         assert len(model.packed._forward_hooks) == 0
-    with attach(model):
+    with attach(model, SpanScale(2.0, 1.0)):
         together = gradients(model, model(x).pow(2).sum())
     assert all(torch.equal(both[name], together[name]) for name in both)
 
@@ -157,14 +157,14 @@ def test_a_layer_inside_another_attachments_layer_is_an_overlap():
 def test_a_copy_of_a_hooked_model_is_a_plain_model(model, x, how):
     plain = gradients(model, model(x).pow(2).sum())
     keys = list(model.state_dict())
-    with attach(model) as hooks:
+    with attach(model, SpanScale(2.0, 1.0)) as hooks:
         clone = _copy(model, how)
         hooks.forget()
         copied = gradients(clone, clone(x).pow(2).sum())
         assert hooks.unseen() == ["score", "packed"], "the copy must not report to the original"
         assert list(clone.state_dict()) == keys
         scaled = gradients(model, model(x).pow(2).sum())
-        with attach(clone):
+        with attach(clone, SpanScale(2.0, 1.0)):
             again = gradients(clone, clone(x).pow(2).sum())
             assert len(clone.score._forward_hooks) == 1, "inert hooks must not pile up"
     assert all(torch.equal(copied[name], plain[name]) for name in plain)
@@ -185,7 +185,7 @@ def _copy(model, how):
 
 def test_a_dropped_hooked_model_is_freed():
     model = Model()
-    attach(model)
+    attach(model, SpanScale(2.0, 1.0))
     reference = weakref.ref(model)
     del model
     gc.collect()
@@ -196,7 +196,7 @@ def test_the_random_state_and_buffers_survive_example_inputs(x):
     model = nn.Sequential(nn.BatchNorm1d(7), Model(), nn.Dropout(0.5))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    with attach(model, example_inputs=(x,)) as hooks:
+    with attach(model, SpanScale(2.0, 1.0), example_inputs=(x,)) as hooks:
         assert hooks.unseen() == ["1.score", "1.packed"]
         assert hooks.sites[0].heads == 4
     assert torch.equal(torch.get_rng_state(), state)
@@ -213,7 +213,7 @@ class Sigmoid(ScoreAttention):
 def test_a_layer_that_calls_no_attention_is_an_error_at_the_first_forward(x):
     model = nn.Sequential(Sigmoid())
     with (
-        attach(model),
+        attach(model, SpanScale(2.0, 1.0)),
         pytest.raises(
             UnscaledLayerError, match=r"layer '0' \(Sigmoid\); scaled: none\. .* no attention"
         ),
@@ -224,11 +224,11 @@ def test_a_layer_that_calls_no_attention_is_an_error_at_the_first_forward(x):
 def test_supported_and_unsupported_layers_are_reported_together(x):
     model = nn.Sequential(Sigmoid(), ScoreAttention(), Sigmoid())
     unsupported = r"layers '0' \(Sigmoid\), '2' \(Sigmoid\); scaled: '1' \(ScoreAttention\)"
-    with attach(model), pytest.raises(UnscaledLayerError, match=unsupported):
+    with attach(model, SpanScale(2.0, 1.0)), pytest.raises(UnscaledLayerError, match=unsupported):
         model(x)
     with pytest.raises(UnscaledLayerError, match=unsupported):
-        attach(model, example_inputs=x)
-    with attach(model, {"1": SpanScale()}):
+        attach(model, SpanScale(2.0, 1.0), example_inputs=x)
+    with attach(model, {"1": SpanScale(2.0)}):
         model(x).sum().backward()
 
 
@@ -236,16 +236,16 @@ def test_a_layer_that_calls_no_attention_is_an_error_at_once_with_example_inputs
     model = nn.Sequential(Sigmoid())
     before = snapshot(model)
     with pytest.raises(UnscaledLayerError, match="'0'"):
-        attach(model, example_inputs={"input": x})
+        attach(model, SpanScale(2.0, 1.0), example_inputs={"input": x})
     assert snapshot(model) == before
 
 
 def test_a_layer_that_calls_no_attention_can_be_allowed(x):
     model = nn.Sequential(Sigmoid())
-    with attach(model, on_missing="ignore") as hooks:
+    with attach(model, SpanScale(2.0, 1.0), on_missing="ignore") as hooks:
         model(x).sum().backward()
         hooks.check()
-    with attach(model, on_missing="warn") as hooks:
+    with attach(model, SpanScale(2.0, 1.0), on_missing="warn") as hooks:
         model(x).sum().backward()
         with pytest.warns(UserWarning, match="not scaled since the last step: layer '0'"):
             hooks.check()
@@ -266,18 +266,18 @@ def test_a_layer_that_calls_no_attention_can_be_allowed(x):
 def test_a_bad_argument_is_an_error_and_installs_nothing(model, arguments, error, message):
     before = snapshot(model)
     with pytest.raises(error, match=message):
-        attach(model, **arguments)
+        attach(model, **{"scales": SpanScale(2.0), **arguments})
     assert snapshot(model) == before
 
 
 def test_a_model_without_attention_is_an_error_that_says_what_was_looked_for():
     with pytest.raises(ValueError, match=r"no attention layer found in Linear.*span_node"):
-        attach(nn.Linear(2, 2))
+        attach(nn.Linear(2, 2), SpanScale(2.0, 1.0))
 
 
 def test_a_model_that_is_no_module_is_an_error():
     with pytest.raises(TypeError, match=r"must be a torch.nn.Module, got function"):
-        attach(lambda x: x)
+        attach(lambda x: x, SpanScale(2.0, 1.0))
 
 
 def test_identity_scales_put_no_node_on_the_graph(model, x):
@@ -327,7 +327,7 @@ def test_after_a_keyboard_interrupt_no_other_model_is_scaled(model, x):
     def interrupt(module, args):
         raise KeyboardInterrupt
 
-    with attach(model) as hooks:
+    with attach(model, SpanScale(2.0, 1.0)) as hooks:
         expected = gradients(model, model(x).pow(2).sum())
         handle = model.score.out_proj.register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -361,7 +361,7 @@ def test_a_forward_that_disturbs_the_hooks_leaves_no_mode_entered(how):
 
     mine = Mine()
     model = Disturbing()
-    hooks = attach(model)
+    hooks = attach(model, SpanScale(2.0, 1.0))
     try:
         model(torch.randn(2, 5, 16))
     finally:
@@ -409,11 +409,11 @@ def test_a_scale_that_fits_one_layer_but_not_the_next_installs_nothing():
     with pytest.raises(ValueError, match="2 per-head values on the query side, which has 4 heads"):
         attach(model, {"*": SpanScale([2.0, 3.0], 1.0)})
     assert snapshot(model) == before
-    attach(model).remove()
+    attach(model, SpanScale(2.0, 1.0)).remove()
 
 
 def test_a_bad_edit_of_per_head_values_keeps_the_old_ones(model, x):
-    with attach(model) as hooks:
+    with attach(model, SpanScale(2.0, 1.0)) as hooks:
         expected = gradients(model, model(x).pow(2).sum())
         for group in hooks.groups:
             with pytest.raises(ValueError, match="3 per-head values"):
@@ -423,12 +423,15 @@ def test_a_bad_edit_of_per_head_values_keeps_the_old_ones(model, x):
 
 
 def test_vmap_is_refused_not_silently_unscaled(model, x):
-    with attach(model), pytest.raises(TypeError, match=r"layer 'score'.*torch.vmap"):
+    with (
+        attach(model, SpanScale(2.0, 1.0)),
+        pytest.raises(TypeError, match=r"layer 'score'.*torch.vmap"),
+    ):
         torch.vmap(lambda row: model(row.unsqueeze(0)))(x)
 
 
 def test_export_is_refused_not_silently_unscaled(model, x):
-    with attach(model), pytest.raises(RuntimeError, match="hooked by spanopt"):
+    with attach(model, SpanScale(2.0, 1.0)), pytest.raises(RuntimeError, match="hooked by spanopt"):
         torch.export.export(model, (x,))
 
 
@@ -445,7 +448,7 @@ def test_a_hooked_layer_hidden_inside_another_attachments_is_scaled_once(x):
 
     outer, x = Outer().double(), x.double()
     expected = gradients(inner, outer.reference(inner.reference(x)).pow(3).sum())
-    with attach(outer), attach(inner):
+    with attach(outer, SpanScale(2.0, 1.0)), attach(inner, SpanScale(2.0, 1.0)):
         actual = gradients(inner, outer(x).pow(3).sum())
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name])
@@ -496,13 +499,13 @@ def test_example_inputs_see_through_reentrant_checkpointing(x):
         def forward(self, x):
             return checkpoint(self.attn, x, use_reentrant=True)
 
-    with attach(Checkpointed(), example_inputs=x) as hooks:
+    with attach(Checkpointed(), SpanScale(2.0, 1.0), example_inputs=x) as hooks:
         assert hooks.sites[0].heads == 4
 
 
 def test_scales_set_in_inference_mode_serve_second_order_gradients():
     model, x = ScoreAttention().double(), torch.randn(2, 5, 16, dtype=torch.float64)
-    with attach(model) as hooks, sdpa_kernel(SDPBackend.MATH):
+    with attach(model, SpanScale(2.0, 1.0)) as hooks, sdpa_kernel(SDPBackend.MATH):
         with torch.inference_mode():
             hooks.groups[0]["parallel"] = 3.0
         loss = model(x).pow(3).sum()
@@ -518,10 +521,14 @@ def test_per_head_values_for_a_query_without_a_head_dimension_are_refused():
     x = torch.randn(8, 7, 4, requires_grad=True)
     with attach(Flat(), SpanScale([2.0])) as hooks, pytest.raises(ValueError, match="no dimension"):
         hooks.sites[0].module(x)
-    with attach(Flat()) as hooks:
+    with attach(Flat(), SpanScale(2.0, 1.0)) as hooks:
         hooks.sites[0].module(x).sum().backward()
 
 
 def test_export_without_gradients_is_refused_too(model, x):
-    with attach(model), torch.no_grad(), pytest.raises(Exception, match="an exported program"):
+    with (
+        attach(model, SpanScale(2.0, 1.0)),
+        torch.no_grad(),
+        pytest.raises(Exception, match="an exported program"),
+    ):
         torch.export.export(model, (x,))

@@ -233,7 +233,9 @@ def test_compiled_training_with_the_optimizer_equals_eager_training():
     for mode in ("eager", "compiled"):
         torch.manual_seed(0)
         model = Decoder(layers=1).double()
-        optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        optimizer = SpanScaledOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), model, SpanScale(2.0, 1.0)
+        )
         run = compiled(model, "aot_eager") if mode == "compiled" else model
         for _ in range(5):
             batch = tokens()

@@ -285,7 +285,7 @@ def test_any_token_mask_gives_each_document_its_own_span(mask, d, softmax, a, b,
 def test_what_is_no_token_mask_is_refused(mask):
     model = Decoder()
     batch = torch.zeros(2, 5, dtype=torch.long)
-    with attach(model) as hooks:
+    with attach(model, SpanScale(2.0, 1.0)) as hooks:
         try:
             with token_mask(mask):
                 loss_of(model(batch), batch).backward()
@@ -333,7 +333,7 @@ class Orders(RuleBasedStateMachine):
     @rule()
     def wrap_once_more(self):
         try:
-            SpanScaledOptimizer(self.bare, self.model)
+            SpanScaledOptimizer(self.bare, self.model, SpanScale(2.0, 1.0))
         except ValueError as error:
             assert "scaled already" in str(error)  # noqa: PT017
         else:

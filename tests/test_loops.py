@@ -270,7 +270,7 @@ def test_layers_that_come_with_add_param_group_are_scaled_as_the_patterns_say(co
 
 def test_a_new_layer_is_scaled_once_its_parameters_are_trained_and_not_after_detaching():
     model = Growing().double()
-    optimizer = SpanScaledOptimizer(AdamW(model.parameters(), lr=1e-2), model)
+    optimizer = SpanScaledOptimizer(AdamW(model.parameters(), lr=1e-2), model, SpanScale(2.0, 1.0))
     model.grow()
     other = nn.Linear(2, 2)
     optimizer.add_param_group({"params": other.weight})
@@ -500,7 +500,7 @@ def test_a_layer_that_was_replaced_or_removed_is_let_go():
     assert not old["attn"]._forward_hooks
     accumulate(model, optimizer)
     optimizer.load_state_dict(optimizer.state_dict())
-    SpanScaledOptimizer(AdamW(old.parameters()), old).detach()
+    SpanScaledOptimizer(AdamW(old.parameters()), old, SpanScale(2.0, 1.0)).detach()
 
 
 REFUSED = {
@@ -539,7 +539,7 @@ def test_a_group_that_is_refused_adds_nothing(change, given, message):
 
 def test_a_group_that_the_wrapped_optimizer_refuses_installs_nothing():
     model = Growing().double()
-    optimizer = SpanScaledOptimizer(AdamW(model.parameters(), lr=1e-2), model)
+    optimizer = SpanScaledOptimizer(AdamW(model.parameters(), lr=1e-2), model, SpanScale(2.0, 1.0))
     new = model.grow()
     with pytest.raises(ValueError, match="more than one parameter group"):
         optimizer.add_param_group({"params": [*new, model.head.weight]})

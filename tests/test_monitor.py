@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from spanopt import SpanMonitor, SpanScaledOptimizer, token_mask
+from spanopt import SpanMonitor, SpanScale, SpanScaledOptimizer, token_mask
 
 B, N, D, H = 3, 11, 16, 4
 
@@ -246,7 +246,9 @@ def test_training_is_bit_for_bit_the_same(scales):
 
 def test_steps_in_between_are_not_watched():
     model = decoder()
-    optimizer = SpanScaledOptimizer(torch.optim.AdamW(model.parameters()), model)
+    optimizer = SpanScaledOptimizer(
+        torch.optim.AdamW(model.parameters()), model, SpanScale(2.0, 1.0)
+    )
     with SpanMonitor(optimizer, every=3, start=30) as monitor:
         watched = []
         for _ in range(7):
@@ -263,7 +265,9 @@ def test_a_compiled_model_is_measured_and_not_compiled_again():
     torch._dynamo.utils.counters.clear()
     model = decoder()
     compiled = torch.compile(model, backend="aot_eager")
-    optimizer = SpanScaledOptimizer(torch.optim.AdamW(model.parameters()), model)
+    optimizer = SpanScaledOptimizer(
+        torch.optim.AdamW(model.parameters()), model, SpanScale(2.0, 1.0)
+    )
     counts = []
     with SpanMonitor(optimizer, every=3) as monitor:
         for _ in range(7):
@@ -291,7 +295,9 @@ def test_several_backward_passes_are_averaged_and_a_closure_may_run_often():
     means = [(a + b) / 2 for a, b in zip(*measured[:2], strict=True)]
     assert measured[2] == pytest.approx(means, rel=1e-9)
 
-    optimizer = SpanScaledOptimizer(torch.optim.LBFGS(model.parameters(), max_iter=3), model)
+    optimizer = SpanScaledOptimizer(
+        torch.optim.LBFGS(model.parameters(), max_iter=3), model, SpanScale(2.0, 1.0)
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -324,7 +330,9 @@ def test_the_file_has_every_row(tmp_path):
 
 def test_a_file_that_cannot_be_written_is_known_before_training(tmp_path):
     model = decoder()
-    optimizer = SpanScaledOptimizer(torch.optim.AdamW(model.parameters()), model)
+    optimizer = SpanScaledOptimizer(
+        torch.optim.AdamW(model.parameters()), model, SpanScale(2.0, 1.0)
+    )
     with pytest.raises(OSError, match="nowhere"):
         SpanMonitor(optimizer, path=tmp_path / "nowhere" / "run.jsonl")
     assert all(tap.watcher is None for tap in optimizer.hooks._taps)
@@ -406,7 +414,9 @@ def test_the_picture_is_labelled(tmp_path):
 
 def test_a_picture_of_nothing_is_an_error():
     model = decoder()
-    optimizer = SpanScaledOptimizer(torch.optim.AdamW(model.parameters()), model)
+    optimizer = SpanScaledOptimizer(
+        torch.optim.AdamW(model.parameters()), model, SpanScale(2.0, 1.0)
+    )
     with SpanMonitor(optimizer) as monitor, pytest.raises(ValueError, match="nothing has been"):
         monitor.plot()
 
@@ -423,7 +433,9 @@ def test_a_missing_library_is_named(name, monkeypatch):
 
 def test_a_detached_optimizer_ends_it():
     model = decoder()
-    optimizer = SpanScaledOptimizer(torch.optim.AdamW(model.parameters()), model)
+    optimizer = SpanScaledOptimizer(
+        torch.optim.AdamW(model.parameters()), model, SpanScale(2.0, 1.0)
+    )
     monitor = SpanMonitor(optimizer)
     optimizer.detach()
     model(torch.randint(11, (2, 12))).square().mean().backward()
@@ -447,7 +459,9 @@ def test_a_bare_optimizer_is_an_error():
 
 def test_layers_that_come_later_are_measured():
     model = nn.ModuleList([nn.TransformerEncoderLayer(D, H, 16, batch_first=True)])
-    optimizer = SpanScaledOptimizer(torch.optim.AdamW(model.parameters()), model)
+    optimizer = SpanScaledOptimizer(
+        torch.optim.AdamW(model.parameters()), model, SpanScale(2.0, 1.0)
+    )
     with SpanMonitor(optimizer, every=1) as monitor:
         model.append(nn.TransformerEncoderLayer(D, H, 16, batch_first=True))
         optimizer.add_param_group({"params": list(model[1].parameters())})

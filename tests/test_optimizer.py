@@ -32,8 +32,11 @@ def batch():
     return tokens()
 
 
-def wrap(model, make=lambda parameters: AdamW(parameters, lr=1e-2), **options):
-    return SpanScaledOptimizer(make(model.parameters()), model, **options)
+SCALE = SpanScale(2.0, 1.0)
+
+
+def wrap(model, make=lambda parameters: AdamW(parameters, lr=1e-2), scales=SCALE, **options):
+    return SpanScaledOptimizer(make(model.parameters()), model, scales, **options)
 
 
 def train(model, optimizer, steps=1):
@@ -84,9 +87,24 @@ def test_identity_scales_train_bit_for_bit_like_the_bare_optimizer(make, attenti
     assert same_state(bare.state_dict(), wrapped.state_dict())
 
 
+def test_without_scales_it_trains_as_before_and_warns_until_they_are_edited(model):
+    twin, edited = copy.deepcopy(model), copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="no scales were given, .* stay as they are") as caught:
+        wrapped = SpanScaledOptimizer(AdamW(twin.parameters()), twin)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        later = SpanScaledOptimizer(AdamW(edited.parameters()), edited, SpanScale())
+    for group in later.span_groups:
+        group["parallel"] = 3.0
+    plain = train(model, AdamW(model.parameters()), 3)
+    assert equal(plain, train(twin, wrapped, 3))
+    assert not equal(plain, train(edited, later, 3))
+
+
 def test_it_is_an_optimizer_on_the_wrapped_ones_own_objects(model):
     bare = AdamW(model.parameters())
-    optimizer = SpanScaledOptimizer(bare, model)
+    optimizer = SpanScaledOptimizer(bare, model, SpanScale(2.0, 1.0))
     assert isinstance(optimizer, Optimizer)
     for name in ("param_groups", "state", "defaults"):
         assert getattr(optimizer, name) is getattr(bare, name)
@@ -129,9 +147,9 @@ def test_a_scheduler_gives_the_learning_rates_it_gives_unwrapped(model, on, when
     bare = SGD(model.parameters(), lr=0.1)
     if when == "before":
         scheduler = CosineAnnealingLR(bare, 5)
-        optimizer = SpanScaledOptimizer(bare, model)
+        optimizer = SpanScaledOptimizer(bare, model, SpanScale(2.0, 1.0))
     else:
-        optimizer = SpanScaledOptimizer(bare, model)
+        optimizer = SpanScaledOptimizer(bare, model, SpanScale(2.0, 1.0))
         scheduler = CosineAnnealingLR(optimizer if on == "wrapper" else bare, 5)
     assert rates(optimizer, scheduler) == expected
 
@@ -289,7 +307,7 @@ def test_capturable_is_the_wrapped_optimizers_own_matter(model):
     errors = []
     for wrapped in (False, True):
         bare = AdamW(model.parameters(), capturable=True)
-        optimizer = SpanScaledOptimizer(bare, model) if wrapped else bare
+        optimizer = SpanScaledOptimizer(bare, model, SpanScale(2.0, 1.0)) if wrapped else bare
         try:
             train(model, optimizer)
             errors.append(None)
@@ -445,7 +463,7 @@ def test_detach_gives_model_and_optimizer_back(batch):
     twin = copy.deepcopy(model)
     before = snapshot(model)
     bare = AdamW(model.parameters(), lr=1e-2)
-    optimizer = SpanScaledOptimizer(bare, model)
+    optimizer = SpanScaledOptimizer(bare, model, SpanScale(2.0, 1.0))
     assert optimizer.detach() is bare
     assert snapshot(model) == before
     assert equal(train(model, bare, 3), train(twin, AdamW(twin.parameters(), lr=1e-2), 3))
@@ -653,19 +671,21 @@ def test_a_scaled_layer_that_is_not_in_the_optimizer_is_an_error(model):
     with pytest.raises(
         ValueError, match=r"layer 'blocks.0.attn'.*none of its trainable parameters"
     ):
-        SpanScaledOptimizer(AdamW(model.head.parameters()), model)
+        SpanScaledOptimizer(AdamW(model.head.parameters()), model, SpanScale(2.0, 1.0))
     assert snapshot(model) == before
     SpanScaledOptimizer(AdamW([model.blocks[0]["attn"].k_proj.bias]), model, {"blocks.0*": (2, 1)})
 
 
 def test_something_that_is_no_optimizer_is_an_error(model):
     with pytest.raises(TypeError, match="got Decoder without param_groups, state, step"):
-        SpanScaledOptimizer(model, model)
+        SpanScaledOptimizer(model, model, SpanScale(2.0, 1.0))
 
 
 def test_swapped_arguments_or_a_model_without_attention_are_errors(model):
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
-        SpanScaledOptimizer(AdamW(model.parameters()), AdamW(model.parameters()))
+        SpanScaledOptimizer(
+            AdamW(model.parameters()), AdamW(model.parameters()), SpanScale(2.0, 1.0)
+        )
     plain = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="no attention layer found"):
         wrap(plain)

@@ -75,7 +75,7 @@ def test_the_returned_weights_are_unchanged(average):
     module = build()
     q, k, v = inputs(module)
     before = module(q, k, v, average_attn_weights=average)[1]
-    with attach(module):
+    with attach(module, SpanScale(2.0, 1.0)):
         after = module(q, k, v, average_attn_weights=average)[1]
     assert torch.equal(after, before)
 
@@ -151,6 +151,6 @@ def test_the_transformer_modules_train_as_their_layers_do(batch_first):
 def test_frozen_layers_without_gradient_inputs_are_left_alone():
     module = build().requires_grad_(False)
     q, k, v = inputs(module)
-    with attach(module, on_missing="ignore") as hooks:
+    with attach(module, SpanScale(2.0, 1.0), on_missing="ignore") as hooks:
         assert not packed(module, q, k, v).requires_grad
         assert hooks.unseen() == []

@@ -261,7 +261,7 @@ def test_the_scaled_optimizer_takes_projections_and_lets_go_of_them():
 def test_removal_takes_everything_off():
     model = decoder()
     before = snapshot(model)
-    hooks = attach(model, projections={"blocks.*.attn": MAP})
+    hooks = attach(model, SpanScale(2.0, 1.0), projections={"blocks.*.attn": MAP})
     assert snapshot(model) != before
     hooks.remove()
     assert snapshot(model) == before
@@ -583,18 +583,20 @@ def test_an_output_that_does_not_fit_is_an_error_at_the_first_forward(change):
     model, x = nn.Sequential(Attention()).double(), normal(2, 9, WIDTH)
     model[0].wq = Changed(model[0].wq, change)
     before = snapshot(model)
-    with attach(model, projections={"0": MAP}):
+    with attach(model, SpanScale(2.0, 1.0), projections={"0": MAP}):
         with pytest.raises(error, match=message):
             model(x)
     with pytest.raises(error, match=message):
-        attach(model, projections={"0": MAP}, example_inputs=x)
+        attach(model, SpanScale(2.0, 1.0), projections={"0": MAP}, example_inputs=x)
     assert snapshot(model) == before
 
 
 def test_keys_of_another_head_dimension_are_an_error_at_the_first_forward_at_the_latest():
     model = nn.Sequential(Attention(kv_heads=2)).double()
     with pytest.raises(ValueError, match=r"layer '0'.* 4 .* 2; check num_heads and num_kv_heads"):
-        attach(model, projections={"0": MAP}, example_inputs=normal(2, 9, WIDTH))
+        attach(
+            model, SpanScale(2.0, 1.0), projections={"0": MAP}, example_inputs=normal(2, 9, WIDTH)
+        )
 
 
 def test_a_wrong_number_of_per_head_values_is_an_error():
@@ -678,19 +680,21 @@ def test_a_wrong_map_is_an_error_that_installs_nothing(wrong, wrapped):
     with pytest.raises(error, match=message):
         install(model, projections=projections)
     assert snapshot(model) == before
-    attach(model, projections={"blocks.*.attn": MAP}).remove()
+    attach(model, SpanScale(2.0, 1.0), projections={"blocks.*.attn": MAP}).remove()
 
 
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
 def test_fused_sizes_that_do_not_divide_are_an_error(layout):
     model = nn.Sequential(Attention(fused="wqkv"))  # 48 features
     spec = {"qkv": "wqkv", "num_heads": 4, "num_kv_heads": 1, "layout": layout}
-    with attach(model, projections={"0": spec}):  # 6 heads of 8: only the layer could tell
+    with attach(
+        model, SpanScale(2.0, 1.0), projections={"0": spec}
+    ):  # 6 heads of 8: only the layer could tell
         pass
     spec |= {"num_heads": 5}
     message = r"layer '0': 'wqkv' has 48 output features, which do not divide into the 7 heads"
     with pytest.raises(ValueError, match=message):
-        attach(model, projections={"0": spec})
+        attach(model, SpanScale(2.0, 1.0), projections={"0": spec})
 
 
 # Without a map.
@@ -712,15 +716,17 @@ class Unnamed(Attention):
 def test_without_a_map_the_error_says_how_to_write_one():
     message = r"layers 'blocks.0.attn' .*'blocks.1.attn' .*projections=\{layer: \{'query': "
     model, batch = decoder(), tokens()
-    with attach(model), pytest.raises(UnscaledLayerError, match=message):
+    with attach(model, SpanScale(2.0, 1.0)), pytest.raises(UnscaledLayerError, match=message):
         model(batch)
     with pytest.raises(UnscaledLayerError, match=message):
-        attach(model, example_inputs=(batch,))
+        attach(model, SpanScale(2.0, 1.0), example_inputs=(batch,))
     unnamed = nn.Sequential(Unnamed())
     assert find_attention(unnamed) == []
     with pytest.raises(ValueError, match=r"no attention layer .*projections=\{layer: "):
-        attach(unnamed)
-    with attach(unnamed, projections={"0": {"query": "a", "key": "b", "num_heads": 4}}) as hooks:
+        attach(unnamed, SpanScale(2.0, 1.0))
+    with attach(
+        unnamed, SpanScale(2.0, 1.0), projections={"0": {"query": "a", "key": "b", "num_heads": 4}}
+    ) as hooks:
         unnamed(torch.randn(2, 9, WIDTH)).sum().backward()
         assert hooks.unseen() == []
 
@@ -761,8 +767,8 @@ def test_flex_attention_is_an_error_that_names_the_projection_tap():
     model, x = nn.Sequential(Flex()).requires_grad_(False), torch.randn(2, 9, WIDTH)
     message = r"'0' \(Flex\).* flex_attention .*projections=\{layer: "
     with pytest.raises(UnscaledLayerError, match=message):
-        attach(model, example_inputs=x)
-    with attach(model, projections={"0": MAP}, example_inputs=x) as hooks:
+        attach(model, SpanScale(2.0, 1.0), example_inputs=x)
+    with attach(model, SpanScale(2.0, 1.0), projections={"0": MAP}, example_inputs=x) as hooks:
         assert hooks.sites[0].tap == "projection"
 
 

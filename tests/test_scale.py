@@ -17,7 +17,12 @@ def scaled(scales):
 
 
 def test_no_scales_means_the_default_on_every_layer():
-    assert resolve_scales(None, NAMES) == dict.fromkeys(NAMES, SpanScale(2.0, 1.0))
+    assert resolve_scales(None, NAMES) == dict.fromkeys(NAMES, SpanScale())
+
+
+def test_the_default_changes_nothing_on_either_side():
+    scale = SpanScale()
+    assert scale.side("query") == scale.side("key") == (1.0, 1.0)
 
 
 def test_one_scale_means_that_scale_on_every_layer():
@@ -117,7 +122,7 @@ def test_a_side_of_its_own_overrides_the_common_factors():
 
 
 @pytest.mark.parametrize(
-    "scale", [SpanScale(), SpanScale([1.0, 2.0], 0.5), SpanScale(key=([1.0, 2.0], 3.0))]
+    "scale", [SpanScale(2.0), SpanScale([1.0, 2.0], 0.5), SpanScale(2.0, key=([1.0, 2.0], 3.0))]
 )
 def test_the_fields_make_an_equal_scale_again(scale):
     assert SpanScale.of(scale.fields()) == scale
@@ -125,7 +130,7 @@ def test_the_fields_make_an_equal_scale_again(scale):
 
 def test_a_group_is_edited_like_a_dict_and_reports_each_change():
     changes = []
-    group = SpanGroup("a", SpanScale(), changes.append)
+    group = SpanGroup("a", SpanScale(2.0), changes.append)
     group["parallel"] = 3
     group.update(violation=0.5, key=(1, 1))
     group |= {"query": [2, 2]}
@@ -142,7 +147,7 @@ def test_a_group_is_edited_like_a_dict_and_reports_each_change():
 
 def test_a_bad_edit_raises_and_changes_nothing():
     changes = []
-    group = SpanGroup("a", SpanScale(), changes.append)
+    group = SpanGroup("a", SpanScale(2.0), changes.append)
     before = dict(group)
     for edit, error in (
         ({"parallel": math.nan, "violation": 0.0}, ValueError),
@@ -161,7 +166,7 @@ def test_a_bad_edit_raises_and_changes_nothing():
 
 
 def test_a_copy_of_a_group_is_a_plain_dict():
-    group = SpanGroup("a", SpanScale(), print)
+    group = SpanGroup("a", SpanScale(2.0), print)
     for clone in (copy.deepcopy(group), copy.copy(group), pickle.loads(pickle.dumps(group))):
         assert type(clone) is dict
         assert clone == group

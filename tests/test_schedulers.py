@@ -46,7 +46,7 @@ ORDERS = {
 
 
 def wrapped(bare, model):
-    return SpanScaledOptimizer(bare, model)
+    return SpanScaledOptimizer(bare, model, SpanScale(2.0, 1.0))
 
 
 def test_every_scheduler_of_torch_is_here():
@@ -177,7 +177,9 @@ def test_a_warm_up_from_the_identity_compiles_once(model):
 
 def test_a_restarted_schedule_goes_on_where_it_was(model):
     def start(model):
-        optimizer = SpanScaledOptimizer(AdamW(model.parameters(), lr=1e-2), model)
+        optimizer = SpanScaledOptimizer(
+            AdamW(model.parameters(), lr=1e-2), model, SpanScale(2.0, 1.0)
+        )
         return optimizer, SpanScheduler(optimizer, {"*": linear(6), "blocks.1.*": cosine(6)})
 
     def steps(model, optimizer, scheduler, count):
@@ -244,7 +246,7 @@ def test_a_schedule_that_goes_wrong_later_leaves_the_scales_and_the_step(model):
     ],
 )
 def test_a_foreign_state_of_a_schedule_is_refused_and_changes_nothing(model, change, message):
-    with attach(model) as hooks:
+    with attach(model, SpanScale(2.0, 1.0)) as hooks:
         scheduler = SpanScheduler(hooks, linear(4))
         scheduler.step()
         before = hooks.state_dict(), scheduler.state_dict()

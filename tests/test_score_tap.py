@@ -107,7 +107,7 @@ def test_a_module_called_twice_is_scaled_on_each_calls_own_query_and_key():
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     reference = model.attn.reference(model.attn.reference(x))
     expected = gradients(model, reference.pow(3).sum())
-    with attach(model):
+    with attach(model, SpanScale(2.0, 1.0)):
         assert_close(gradients(model, model(x).pow(3).sum()), expected)
 
 
@@ -151,7 +151,10 @@ def test_nested_tensors_are_refused_by_name():
 
     q = torch.nested.nested_tensor([torch.randn(2, 3, 4), torch.randn(2, 5, 4)], requires_grad=True)
     model = nn.ModuleDict({"attn": Nested()})
-    with attach(model), pytest.raises(TypeError, match="layer 'attn': the query tensor must be"):
+    with (
+        attach(model, SpanScale(2.0, 1.0)),
+        pytest.raises(TypeError, match="layer 'attn': the query tensor must be"),
+    ):
         model["attn"](q.transpose(1, 2) if q.dim() == 3 else q)
 
 

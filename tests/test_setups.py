@@ -10,7 +10,7 @@ from oracle import rescaled
 from torch import nn
 from torch.nn import functional as F
 
-from spanopt import SpanScale, SpanScaledOptimizer, attach, token_mask
+from spanopt import SpanScale, SpanScaledOptimizer, attach, span_node, token_mask
 from spanopt.projection import orthonormal, project
 from spanopt.setups import SETUPS
 
@@ -357,23 +357,40 @@ WRONG = {
 def test_what_is_no_setup_is_an_error_and_installs_nothing(options, error, message):
     layer = build("score")
     with pytest.raises(error, match=message):
-        attach(layer, **options)
+        attach(layer, SpanScale(A, B), **options)
     assert not layer._forward_hooks
+
+
+@pytest.mark.parametrize("violation", [0.0, 0.5])
+@pytest.mark.parametrize("name", SETUPS)
+def test_a_node_takes_numbers_as_it_takes_tensors(name, violation):
+    g, q, k = inputs((2, 3, 9, 4))
+    grads = []
+    for factor in (float, lambda value: torch.tensor(value, dtype=torch.float64)):
+        x = q.clone().requires_grad_()
+        node = span_node(x, factor(2.0), factor(violation), projection=name, other=k)
+        grads += torch.autograd.grad(node, x, g)
+    parallel = SETUPS[name](g, q, k)
+    torch.testing.assert_close(grads[0], 2 * parallel + violation * (g - parallel))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("tap", ["score", "softmax"])
 def test_a_setup_that_does_not_go_with_a_layer_is_an_error_that_names_it(tap):
     model = nn.ModuleDict({"attn": Attention(tap).double()})
     x, context = (torch.randn(2, n, WIDTH, dtype=torch.float64) for n in (9, 7))
-    with attach(model, projection="cross"):
+    with attach(model, SpanScale(2.0, 1.0), projection="cross"):
         with pytest.raises(ValueError, match="layer 'attn': the projection 'cross' needs as many"):
             model["attn"](x, context)
         model["attn"](x)
-    with attach(model, projection="feature"):
+    with attach(model, SpanScale(2.0, 1.0), projection="feature"):
         model["attn"](x, context).sum().backward()
         documents = torch.tensor([[1] * 4 + [2] * 5] * 2)
         with token_mask(documents), pytest.raises(ValueError, match="layer 'attn': token_mask"):
             model["attn"](x)
     grouped = Attention("score", kv_heads=2).double()
-    with attach(grouped, projection="oblique"), pytest.raises(ValueError, match="as many heads"):
+    with (
+        attach(grouped, SpanScale(2.0, 1.0), projection="oblique"),
+        pytest.raises(ValueError, match="as many heads"),
+    ):
         grouped(x)

@@ -1222,7 +1222,10 @@ def test_a_layer_inside_a_layer_and_the_outer_one_are_scaled_once_each(outer, in
 )
 def test_another_normalisation_is_not_taken_for_attention(softmax):
     model = ByHand(lambda q, k: softmax(scores(q, k))).double()
-    with attach(model), pytest.raises(UnscaledLayerError, match="not scaled: layer '' "):
+    with (
+        attach(model, SpanScale(2.0, 1.0)),
+        pytest.raises(UnscaledLayerError, match="not scaled: layer '' "),
+    ):
         model(*both_inputs())
 
 
@@ -1250,7 +1253,7 @@ def test_heads_that_do_not_broadcast_are_the_error_of_plain_code():
     inputs = tokens(width=4 * D, dtype=torch.float32), tokens(width=4 * D, dtype=torch.float32)
     with pytest.raises(RuntimeError) as plain:
         model(*inputs)
-    with attach(model), pytest.raises(RuntimeError) as hooked:
+    with attach(model, SpanScale(2.0, 1.0)), pytest.raises(RuntimeError) as hooked:
         model(*inputs)
     assert str(hooked.value) == str(plain.value)
 
@@ -1262,7 +1265,10 @@ def test_nested_tensors_are_refused_by_name():
 
     q = torch.nested.nested_tensor([torch.randn(3, D), torch.randn(5, D)], requires_grad=True)
     model = Nested(None)
-    with attach(model), pytest.raises((TypeError, UnscaledLayerError), match="layer ''"):
+    with (
+        attach(model, SpanScale(2.0, 1.0)),
+        pytest.raises((TypeError, UnscaledLayerError), match="layer ''"),
+    ):
         model(q)
 
 
@@ -1274,7 +1280,10 @@ def test_complex_tensors_are_never_silently_unscaled():
     model = ByHand(weigh)
     inputs = tokens(dtype=torch.float32), tokens(length=M, dtype=torch.float32)
     model(*inputs)
-    with attach(model), pytest.raises((TypeError, UnscaledLayerError), match="layer ''"):
+    with (
+        attach(model, SpanScale(2.0, 1.0)),
+        pytest.raises((TypeError, UnscaledLayerError), match="layer ''"),
+    ):
         model(*inputs)
 
 
@@ -1301,7 +1310,10 @@ def test_tensors_without_a_span_are_refused_by_name_in_the_other_taps_too(layer,
     model = nn.ModuleDict({"attn": layer()})
     q, k = (torch.randn(B, N, D, requires_grad=True) for _ in range(2))
     inputs = (SPANLESS[kind](q), k) if side == "query" else (q, SPANLESS[kind](k))
-    with attach(model), pytest.raises(TypeError, match=f"layer 'attn': the {side} tensor must be"):
+    with (
+        attach(model, SpanScale(2.0, 1.0)),
+        pytest.raises(TypeError, match=f"layer 'attn': the {side} tensor must be"),
+    ):
         model["attn"](*inputs)
 
 
@@ -1316,7 +1328,7 @@ def test_heads_that_do_not_go_together_are_refused_by_name(heads, kv_heads, grou
     model = nn.ModuleDict({"attn": Grouped()})
     q, k = (torch.randn(B, count, N, D, requires_grad=True) for count in (heads, kv_heads))
     message = f"layer 'attn': the query has {heads} heads and the key {kv_heads}"
-    with attach(model), pytest.raises(ValueError, match=message):
+    with attach(model, SpanScale(2.0, 1.0)), pytest.raises(ValueError, match=message):
         model["attn"](q, k)
 
 
@@ -1327,7 +1339,7 @@ def test_scores_that_were_pickled_are_tensors_like_others():
 
     stored, file = [], io.BytesIO()
     model, inputs = ByHand(weigh).double(), both_inputs()
-    with attach(model):
+    with attach(model, SpanScale(2.0, 1.0)):
         model(*inputs)
     torch.save(stored[-1], file)
     file.seek(0)
@@ -1338,7 +1350,10 @@ def test_scores_that_were_pickled_are_tensors_like_others():
 
 def test_vmap_is_refused_by_name():
     model, (x, context) = ByHand(WEIGHTS["q @ k.mT"]).double(), both_inputs()
-    with attach(model), pytest.raises(TypeError, match=r"layer '': .* torch\.vmap"):
+    with (
+        attach(model, SpanScale(2.0, 1.0)),
+        pytest.raises(TypeError, match=r"layer '': .* torch\.vmap"),
+    ):
         torch.vmap(lambda x, context: model(x[None], context[None]))(x, context)
 
 
@@ -1473,7 +1488,9 @@ class Sigmoid(ByHand):
 def test_a_layer_that_is_no_attention_is_dropped_in_silence():
     model = nn.Sequential(Router(), NonLocal(), Router()).double()
     assert [site.certain for site in find_attention(model)] == [False] * 3
-    optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    optimizer = SpanScaledOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, SpanScale(2.0, 1.0)
+    )
     before = model[1].theta.weight.detach().clone()
     for _ in range(2):
         optimizer.zero_grad()
@@ -1486,7 +1503,9 @@ def test_a_layer_that_is_no_attention_is_dropped_in_silence():
 def test_a_model_of_layers_none_of_which_is_attention_is_an_error_at_the_step():
     model, x = nn.Sequential(Router(), Router()).double(), tokens()
     assert [site.certain for site in find_attention(model)] == [False] * 2
-    optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    optimizer = SpanScaledOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, SpanScale(2.0, 1.0)
+    )
     before = copy.deepcopy(model.state_dict())
     for _ in range(2):
         run(model, x)
@@ -1512,7 +1531,7 @@ def test_a_router_alone_has_the_gradients_of_plain_code():
 def test_sigmoid_attention_is_an_error_that_names_it_and_the_layers_that_are_scaled():
     model = nn.Sequential(ByHand(WEIGHTS["einsum"]), Sigmoid(), NonLocal(), Router()).double()
     message = r"not scaled: layer '1' \(Sigmoid\); scaled: '0' \(ByHand\), '2' \(NonLocal\)\. "
-    with attach(model), pytest.raises(UnscaledLayerError, match=message):
+    with attach(model, SpanScale(2.0, 1.0)), pytest.raises(UnscaledLayerError, match=message):
         model(tokens())
     with attach(model, {"*": SCALE, "1": None}) as hooks:
         run(model, tokens())

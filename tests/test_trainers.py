@@ -642,7 +642,9 @@ def test_importing_spanopt_imports_no_framework(printed):
 
 def test_what_lightning_puts_before_the_wrapper_saves_loads_and_detaches_as_it():
     model = nn.MultiheadAttention(8, 2)
-    optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    optimizer = SpanScaledOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, SpanScale(2.0, 1.0)
+    )
     front = LightningOptimizer(optimizer)
     fired = []
     optimizer.register_state_dict_post_hook(lambda optimizer, state: fired.append(optimizer))

@@ -69,7 +69,7 @@ class Attachment:
                 this one lacks. Nothing is installed then.
 
         Example:
-            >>> attachment = Attachment()
+            >>> attachment = Attachment({"*": (2.0, 1.0)})
             >>> attachment.begin(nn.TransformerEncoderLayer(8, nhead=2), steps=100)
         """
         self.end()

@@ -83,7 +83,8 @@ class SpanScaledCallback(Callback):
             stage: What begins.
 
         Example:
-            >>> Trainer(callbacks=[SpanScaledCallback()]).fit(module, data)  # doctest: +SKIP
+            >>> callback = SpanScaledCallback({"*": (2.0, 1.0)})
+            >>> Trainer(callbacks=[callback]).fit(module, data)  # doctest: +SKIP
         """
         self._loaded = None
 
@@ -100,7 +101,8 @@ class SpanScaledCallback(Callback):
                 other layers, or with a schedule when there is none here.
 
         Example:
-            >>> Trainer(callbacks=[SpanScaledCallback()]).fit(module, data)  # doctest: +SKIP
+            >>> callback = SpanScaledCallback({"*": (2.0, 1.0)})
+            >>> Trainer(callbacks=[callback]).fit(module, data)  # doctest: +SKIP
         """
         if len(trainer.optimizers) != 1:
             raise ValueError(
@@ -129,7 +131,8 @@ class SpanScaledCallback(Callback):
             UnscaledLayerError: One was not, and ``on_missing`` is ``"error"``.
 
         Example:
-            >>> Trainer(callbacks=[SpanScaledCallback()]).fit(module, data)  # doctest: +SKIP
+            >>> callback = SpanScaledCallback({"*": (2.0, 1.0)})
+            >>> Trainer(callbacks=[callback]).fit(module, data)  # doctest: +SKIP
         """
         self._attachment.check()
 
@@ -144,7 +147,8 @@ class SpanScaledCallback(Callback):
             exception: What ends the training.
 
         Example:
-            >>> Trainer(callbacks=[SpanScaledCallback()]).fit(module, data)  # doctest: +SKIP
+            >>> callback = SpanScaledCallback({"*": (2.0, 1.0)})
+            >>> Trainer(callbacks=[callback]).fit(module, data)  # doctest: +SKIP
         """
         self.remove()
 
@@ -157,7 +161,8 @@ class SpanScaledCallback(Callback):
             stage: What has ended.
 
         Example:
-            >>> Trainer(callbacks=[SpanScaledCallback()]).fit(module, data)  # doctest: +SKIP
+            >>> callback = SpanScaledCallback({"*": (2.0, 1.0)})
+            >>> Trainer(callbacks=[callback]).fit(module, data)  # doctest: +SKIP
         """
         self.remove()
 

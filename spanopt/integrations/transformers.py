@@ -93,7 +93,8 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
         Example:
             >>> from transformers import TrainerControl, TrainerState
             >>> from torch import nn
-            >>> model, callback = nn.TransformerEncoderLayer(8, nhead=2), SpanScaledCallback()
+            >>> model = nn.TransformerEncoderLayer(8, nhead=2)
+            >>> callback = SpanScaledCallback(SpanScale(2.0))
             >>> callback.on_train_begin(None, TrainerState(), TrainerControl(), model=model)
             >>> callback.hooks.unseen()
             ['self_attn']
