@@ -101,7 +101,7 @@ def test_settings_are_compared_in_one_table():
     assert lines[0].startswith("| setting | learning rate | plain's loss | (2, 1) | both |")
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| tiny", "| second"]
     assert "| -4.9" in lines[2]
-    assert lines[2].count("|") == lines[3].count("|") == 7
+    assert lines[2].count("|") == lines[3].count("|") == 8
 
 
 def test_steps_to_the_baselines_loss():
@@ -177,6 +177,24 @@ def test_the_random_subspace_is_a_projection_of_the_spans_dimension():
     eye = torch.eye(40).expand(2, 3, 40, 40)
     torch.manual_seed(0)
     assert random_subspace(eye, basis, basis).diagonal(dim1=-2, dim2=-1).sum(-1).round().eq(8).all()
+
+
+def test_the_span_of_a_random_projection_of_the_input_is_a_control():
+    base = replace(TINY, layers=2, length=40)
+    plain = gradients(base)
+    runs = {
+        scales: gradients(
+            replace(base, parallel=scales[0], violation=scales[1], projection="random-input")
+        )
+        for scales in ((1.0, 0.0), (0.0, 1.0), (2.0, 2.0))
+    }
+    last = "blocks.1.attention.qkv.weight"
+    parts = runs[1.0, 0.0][last] + runs[0.0, 1.0][last]
+    torch.testing.assert_close(parts[:32], plain[last][:32])
+    torch.testing.assert_close(runs[2.0, 2.0][last][:32], 2 * plain[last][:32])
+    # Q is in the span of the input, and so is this one: the weights see more than by chance.
+    of_span, rest = (runs[scales][last][:32].norm() for scales in ((1.0, 0.0), (0.0, 1.0)))
+    assert of_span > 0.3 * rest
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -339,6 +357,7 @@ def test_a_line_that_is_no_result_is_named(tmp_path):
         ("[[loss tiny | (9, 9)]]", "has no arm"),
         ("[[loss tiny | plain]]", "are missing"),
         ("[[settings nothing]]", "no group is named 'nothing'"),
+        ("[[table]]", "no placeholder looks like"),
         ("[[colour tiny]]", "no placeholder is named 'colour'"),
     ],
 )

@@ -20,10 +20,11 @@ NEAR_NULL = 1.0001
 class Experiment:
     """Arms that are compared on the same seeds.
 
-    The learning rate of every arm is chosen on the tuning split by the mean over ``tuning_seeds``,
+    The learning rate of an arm is chosen on the tuning split by the mean over ``tuning_seeds``,
     from a grid of factors of 2 that is extended until its best value is not at an end, and halved
-    to factors of the square root of 2 around it. Then every arm is trained at
-    its own rate on ``seeds``, which took no part in that, and compared on the reporting split.
+    to factors of the square root of 2 around it; or it is that of another arm, see ``lr_of``. Then
+    every arm is trained at its rate on ``seeds``, which took no part in that, and compared on the
+    reporting split.
 
     Attributes:
         name: Of its file of results.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from harness.store import Store
 
 __all__ = ["Report", "in_words", "save"]
 
-_PLACEHOLDER = re.compile(r"\[\[(\w+) ([\w-]+)(?: \| ([^\]]+))?\]\]")
+_PLACEHOLDER = re.compile(r"\[\[(\w+) ([\w.-]+)(?: \| ([^\]]+))?\]\]")
 _COLOURS = ("#4C72B0", "#C44E52", "#55A868", "#8172B3", "#CCB974", "#64B5CD", "#8C8C8C")
 OFF_SCALE = 8.0  # per cent
 
@@ -47,7 +48,10 @@ class Report:
         Raises:
             ValueError: A placeholder that names nothing, or that there are no results for.
         """
-        return _PLACEHOLDER.sub(self._fill, template)
+        page = _PLACEHOLDER.sub(self._fill, template)
+        if "[[" in page:
+            raise ValueError(f"no placeholder looks like {page[page.index('[[') :][:40]!r}")
+        return page
 
     def _fill(self, match: re.Match[str]) -> str:
         kind, name, arm = match.groups()
@@ -101,6 +105,13 @@ class Report:
         """Return an arm's losses on the reporting split."""
         return [result["reporting"] for result in self.results(experiment, arm)]
 
+    def pairs(
+        self, experiment: Experiment, arm: str
+    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Return the results of an arm and its baseline, on the seeds that both have."""
+        baseline = self.results(experiment, experiment.baseline_of(arm))
+        return list(zip(self.results(experiment, arm), baseline, strict=False))
+
     def loss(self, experiment: Experiment, arm: str) -> float:
         """Return an arm's mean loss on the reporting split, NaN if a run diverged."""
         losses = [math.nan if x is None else x for x in self.losses(experiment, arm)]
@@ -108,25 +119,24 @@ class Report:
 
     def change(self, experiment: Experiment, arm: str) -> Change:
         """Compare an arm with its baseline."""
-        baseline = self.losses(experiment, experiment.baseline_of(arm))
-        losses = self.losses(experiment, arm)
-        return compare(losses, baseline[: len(losses)])
+        pairs = self.pairs(experiment, arm)
+        mine, baseline = ([result["reporting"] for result in x] for x in zip(*pairs, strict=True))
+        return compare(mine, baseline)
 
     def time_ratio(self, experiment: Experiment, arm: str) -> float:
-        """Return the ratio of an arm's step time to its baseline's.
+        """Return the median ratio of an arm's step time to its baseline's, over seeds.
 
-        Of each, the least over seeds of a run's median: what else the machine does only adds.
+        For arms that were run together only, two runs at a time.
         """
-        mine, baseline = (
-            min(result["step_ms"] for result in self.results(experiment, each))
-            for each in (arm, experiment.baseline_of(arm))
+        return statistics.median(
+            mine["step_ms"] / baseline["step_ms"] for mine, baseline in self.pairs(experiment, arm)
         )
-        return mine / baseline
 
     def steps_to(self, experiment: Experiment, arm: str) -> str:
         """Return how many steps an arm takes to its baseline's loss at the curve's last point."""
-        curve = self.mean_curve(experiment, arm)
-        last_step, goal = self.mean_curve(experiment, experiment.baseline_of(arm))[-1]
+        pairs = self.pairs(experiment, arm)
+        curve, baseline = (mean_curve(results) for results in zip(*pairs, strict=True))
+        last_step, goal = baseline[-1]
         before = (0, math.inf)
         for step, loss in curve:
             if loss <= goal:
@@ -137,19 +147,13 @@ class Report:
             before = (step, loss)
         return f"> {last_step}"
 
-    def mean_curve(self, experiment: Experiment, arm: str) -> list[tuple[int, float]]:
-        """Return an arm's validation loss over the steps, mean over seeds."""
-        curves = [dict(result["curve"]) for result in self.results(experiment, arm)]
-        steps = [step for step in curves[0] if all(curve.get(step) for curve in curves)]
-        return [(step, math.fsum(curve[step] for curve in curves) / len(curves)) for step in steps]
-
     def table(self, experiment: Experiment) -> str:
         """Return the comparison as a Markdown table."""
         others = [arm for arm in experiment.arms if arm != experiment.baseline_of(arm)]
         changes = {arm: self.change(experiment, arm) for arm in others}
         adjusted_p = adjusted([change.p for change in changes.values()])
         head = ["arm", "learning rate", "loss", "change, %", "95 % interval", "sd"]
-        head += ["seeds", "p", "adjusted p", "time"]
+        head += ["seeds", "p", "adjusted p"]
         rows = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
         p_of = dict(zip(changes, adjusted_p, strict=True))
         for arm in experiment.arms:
@@ -163,12 +167,11 @@ class Report:
                     f"{change.seeds}",
                     f"{change.p:.2g}",
                     f"{p_of[arm]:.2g}",
-                    f"{self.time_ratio(experiment, arm):.2f}",
                 ]
                 if change.diverged:
                     cells[0] += f" ({change.diverged} diverged)"
             else:
-                cells += ["", "", "", str(len(experiment.seeds)), "", "", ""]
+                cells += ["", "", "", str(len(experiment.seeds)), "", ""]
             rows.append(f"| {' | '.join(cells)} |")
         return "\n".join(rows)
 
@@ -177,13 +180,13 @@ class Report:
         arms = list(dict.fromkeys(arm for e in experiments for arm in e.arms if arm != e.baseline))
         main = "(2, 1)"
         p_values = adjusted([self.change(e, main).p for e in experiments])
-        head = ["setting", "learning rate", "plain's loss", *arms, f"adjusted p of {main}"]
+        head = ["setting", "learning rate", "plain's loss", *arms, "seeds", f"adjusted p of {main}"]
         rows = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
         for e, p in zip(experiments, p_values, strict=True):
             cells = [e.name, f"{self.lr(e, e.baseline):.2g}", f"{self.loss(e, e.baseline):.4f}"]
             for arm in arms:
                 cells.append(in_words(self.change(e, arm)) if arm in e.arms else "")
-            rows.append(f"| {' | '.join([*cells, f'{p:.2g}'])} |")
+            rows.append(f"| {' | '.join([*cells, str(len(e.seeds)), f'{p:.2g}'])} |")
         return "\n".join(rows)
 
     def forest_of_settings(self, experiments: Sequence[Experiment], arms: Sequence[str]) -> Figure:
@@ -294,6 +297,13 @@ class Report:
         axes.grid(alpha=0.3)
         axes.legend()
         return figure
+
+
+def mean_curve(results: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Return the validation loss over the steps, mean over runs."""
+    curves = [dict(result["curve"]) for result in results]
+    steps = [step for step in curves[0] if all(curve.get(step) for curve in curves)]
+    return [(step, math.fsum(curve[step] for curve in curves) / len(curves)) for step in steps]
 
 
 def in_words(change: Change) -> str:

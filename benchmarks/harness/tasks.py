@@ -104,6 +104,11 @@ class Attention(nn.Module):
         self.trial = trial
         self.qkv = nn.Linear(trial.width, 3 * trial.width)
         self.out = nn.Linear(trial.width, trial.width)
+        if trial.projection == "random-input":
+            drawn = torch.Generator().manual_seed(trial.seed)
+            weight = torch.randn(self.qkv.weight.shape, generator=drawn)
+            self.random_weight: Tensor
+            self.register_buffer("random_weight", weight, persistent=False)
         if trial.model == "rotary":
             cos, sin = rotary_angles(trial.length, trial.width // trial.heads)
             self.cos: Tensor
@@ -114,8 +119,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, D) to the same shape."""
         q, k, v = self.project(x, self.qkv.weight, self.qkv.bias)
-        if self.trial.scaled and self.trial.path != "both":
-            q, k = self.separated(x)
+        if self.trial.in_model:
+            q, k = self.separated(x) if self.trial.path != "both" else self.controlled(x, q, k)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.trial.task not in BIDIRECTIONAL)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -144,6 +149,16 @@ class Attention(nn.Module):
                 b = span_node(b, *scales)
             sides.append(a + (b - of_inputs.detach()))  # the second term is exactly 0
         q, k = sides
+        return q, k
+
+    def controlled(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Q and K, their gradient scaled by the spans of random projections of the input."""
+        spans = self.project(x.detach(), self.random_weight, torch.zeros_like(self.qkv.bias))[:2]
+        scales = self.trial.parallel, self.trial.violation
+        q, k = (
+            span_node(side, *scales, projection="cross", other=span)
+            for side, span in zip((q, k), spans, strict=True)
+        )
         return q, k
 
 

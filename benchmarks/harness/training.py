@@ -44,7 +44,7 @@ def run_trial(trial: Trial, text: Text) -> dict[str, Any]:
     optimizers = build_optimizers(trial, task.model)
     stepped: list[Any] = [*optimizers]
     schedulers = [learning_rates(x, trial) for x in scheduled(trial, optimizers)]
-    if (trial.scaled and trial.path == "both") or trial.monitored:
+    if (trial.scaled and not trial.in_model) or trial.monitored:
         # the first one has the parameters of the attention layers
         stepped[0] = wrap(optimizers[0], task.model, trial)
         schedulers += scale_schedulers(stepped[0], trial)

@@ -25,7 +25,9 @@ class Trial:
         where: ``"all"``, ``"first"`` or ``"last"`` layer.
         path: Where the scaled gradient goes on to: ``"both"``, the ``"weights"`` of the query and
             key projections only, or their ``"inputs"`` only. The other gets the plain gradient.
-        projection: A setup of ``spanopt.setups``, or ``"random"``: a random subspace.
+        projection: A setup of ``spanopt.setups``; ``"random"``: a random subspace, a new one each
+            time; or ``"random-input"``: the span of a random projection of the layer's input, the
+            same projection throughout, where Q is a trained one.
         preserve_norm: Whether each scaled gradient gets its norm back.
         monitored: Whether the gradients are measured, 30 times in the run; this changes nothing.
         scale_schedule: ``"constant"``, ``"warm-up"`` (from the identity, over the first third) or
@@ -71,6 +73,11 @@ class Trial:
     def scaled(self) -> bool:
         """Whether anything is done to attention's gradients."""
         return (self.parallel, self.violation) != (1.0, 1.0)
+
+    @property
+    def in_model(self) -> bool:
+        """Whether the model itself rescales the gradients, in place of the wrapper."""
+        return self.scaled and (self.path != "both" or self.projection == "random-input")
 
     @property
     def key(self) -> str:
