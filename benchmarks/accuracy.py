@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from kernel import by_cholesky, by_qr
 from speed.measure import add_options, start, write
 from torch import Tensor
 
@@ -27,18 +28,13 @@ DTYPES = {
 }
 
 
-def by_qr(basis: Tensor, x: Tensor) -> Tensor:
-    """Project with an orthonormal basis from a Householder QR factorisation."""
-    span = torch.linalg.qr(_computed(basis)).Q
-    return (span @ (span.mT @ _computed(x))).to(x.dtype)
+def in_compute_dtype(way: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Let a way compute in the dtype that ``project`` computes in."""
 
+    def projection(basis: Tensor, x: Tensor) -> Tensor:
+        return way(_computed(basis), _computed(x)).to(x.dtype)
 
-def by_cholesky(basis: Tensor, x: Tensor) -> Tensor:
-    """Project with one Cholesky solve of the Gram matrix, without a ridge; NaN where it fails."""
-    q, g = _computed(basis), _computed(x)
-    factor, info = torch.linalg.cholesky_ex(q.mT @ q)
-    solution = torch.cholesky_solve(q.mT @ g, factor)
-    return (q @ torch.where(info == 0, solution, torch.nan)).to(x.dtype)
+    return projection
 
 
 def reference_projection(basis: Tensor, x: Tensor) -> Tensor:
@@ -58,8 +54,8 @@ def reference_projection(basis: Tensor, x: Tensor) -> Tensor:
 
 METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "project": project,
-    "QR": by_qr,
-    "Cholesky": by_cholesky,
+    "QR": in_compute_dtype(by_qr),
+    "Cholesky": in_compute_dtype(by_cholesky),
 }
 
 
@@ -119,7 +115,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=64, help="d, columns of the basis")
     parser.add_argument("--seeds", type=int, default=10, help="bases for each row")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    add_options(parser, rounds=1)
+    add_options(parser)
     options = parser.parse_args()
     start(options)
     print(

@@ -94,7 +94,10 @@ class Page:
                 raise ValueError(f"{match[0]} names nothing")
             return str(function(match[2]) if match[2] else function())
 
-        return PLACEHOLDER.sub(value, template)
+        page = PLACEHOLDER.sub(value, template)
+        if "[[" in page:
+            raise ValueError(f"no placeholder looks like {page[page.index('[[') :][:40]!r}")
+        return page
 
     def rows(self, name: str) -> Any:
         """Return the rows of a result."""
@@ -104,11 +107,15 @@ class Page:
         """Return what a result was measured with."""
         result = self.results[name]
         threads = "one thread" if result["threads"] == 1 else f"{result['threads']} threads"
-        return f"torch {result['torch']}, {result['cpu']}, {threads}, {result['rounds']} rounds"
+        rounds = f", {result['rounds']} rounds" if result["rounds"] else ""
+        return f"torch {result['torch']}, {result['cpu']}, {threads}{rounds}"
 
     def case(self, name: str, case: str) -> dict[str, Any]:
         """Return the row of a case."""
-        return next(row for row in self.rows(name) if row["case"] == case)
+        found = [row for row in self.rows(name) if row["case"] == case]
+        if not found:
+            raise ValueError(f"the results of {name} have no case {case!r}")
+        return found[0]
 
     def ratio(self, case: str) -> str:
         """Return the ratio of a case, not compiled."""
@@ -130,13 +137,13 @@ class Page:
                     three(eager["ratio"]),
                     f"{compiled['ms']:,.0f} ms",
                     three(compiled["ratio"]),
-                    f"{eager['least']:.3f}",
-                    f"{eager['bound']:.3f}",
+                    f"{eager['noise'][1]:.3f}, {compiled['noise'][1]:.3f}",
+                    f"{eager['one_solve']:.3f}, {eager['computed']:.3f}",
                     f"{eager['target']:.2f}",
                 ]
             )
         head = ["model", "plain step", "wrapped / plain", "plain, compiled", "wrapped / plain"]
-        return markdown([*head, "least by flops", "as computed", "target"], rows)
+        return markdown([*head, "noise", "by operations", "target"], rows)
 
     def memory(self) -> str:
         """Return the table of memory."""
@@ -234,8 +241,8 @@ def ratio_by_length(page: Page) -> Figure:
         low, middle, high = zip(*(row["ratio"] for row in rows), strict=True)
         axes.plot(lengths, middle, marker="o", color=colour, label=label)
         axes.fill_between(lengths, low, high, color=colour, alpha=0.2)
-    axes.plot(lengths, [row["bound"] for row in rows], "k:", label="operations, as computed")
-    axes.plot(lengths, [row["least"] for row in rows], "k--", label="operations, at least")
+    axes.plot(lengths, [row["computed"] for row in rows], "k:", label="operations, as computed")
+    axes.plot(lengths, [row["one_solve"] for row in rows], "k--", label="operations, one solve")
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(n) for n in lengths])
     axes.set(xlabel="tokens N in a sequence (2,048 in a batch)", ylabel="wrapped / plain step")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from overhead import LR
+from speed.arms import adamw, wrapped
 from speed.cases import CASES, build, training_step
 from speed.measure import add_options, in_turns, quartiles, start, write
 from torch import nn
@@ -39,23 +39,22 @@ def measure_step(rounds: int) -> dict[str, Any]:
     """
     case = CASES["demo"]
     settings = {name: build(case) for name in ("plain", "hooked", "wrapped")}
-    adamw = {
-        name: torch.optim.AdamW(setting.model.parameters(), lr=LR)
-        for name, setting in settings.items()
-    }
-    wrappers = {
-        name: SpanScaledOptimizer(adamw[name], settings[name].model, scale)
-        for name, scale in (("hooked", SpanScale(1.0, 1.0)), ("wrapped", SpanScale(2.0, 1.0)))
+    optimizers: dict[str, Any] = {
+        "plain": adamw(settings["plain"]),
+        "hooked": wrapped(settings["hooked"], 1.0, 1.0),
+        "wrapped": wrapped(settings["wrapped"]),
     }
 
     def passes(name: str) -> Callable[[], None]:
         def run() -> None:
-            adamw[name].zero_grad()
+            for parameter in settings[name].model.parameters():
+                parameter.grad = None
             settings[name].loss().backward()
 
         return run
 
-    step = in_turns({"plain": training_step(settings["plain"], adamw["plain"])}, rounds)["plain"]
+    plain = training_step(settings["plain"], optimizers["plain"])
+    step = in_turns({"plain": plain}, rounds)["plain"]
     hooks = in_turns({name: passes(name) for name in ("plain", "hooked")}, rounds)
     passes("wrapped")()
     own: dict[str, list[float]] = {"step": [], "zero_grad": []}
@@ -64,7 +63,8 @@ def measure_step(rounds: int) -> dict[str, Any]:
         for method in own:
             pair = {}
             for name in ("inner", "outer") if turn % 2 else ("outer", "inner"):
-                target = adamw["wrapped"] if name == "inner" else wrappers["wrapped"]
+                outer = optimizers["wrapped"]
+                target = outer.optimizer if name == "inner" else outer
                 begin = time.perf_counter()
                 getattr(target, method)()
                 pair[name] = time.perf_counter() - begin
@@ -99,9 +99,9 @@ def measure_attaching(rounds: int) -> dict[str, Any]:
     model = nn.Sequential(*(Layer(100) for _ in range(MODULES // 100)))
     seconds = []
     for _ in range(rounds):
-        adamw = torch.optim.AdamW(model.parameters(), lr=LR)
+        bare = torch.optim.AdamW(model.parameters())
         begin = time.perf_counter()
-        optimizer = SpanScaledOptimizer(adamw, model, SpanScale(2.0, 1.0))
+        optimizer = SpanScaledOptimizer(bare, model, SpanScale(2.0, 1.0))
         seconds.append(time.perf_counter() - begin)
         optimizer.detach()
     return {

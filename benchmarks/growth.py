@@ -1,7 +1,7 @@
 """How the time that span scaling adds grows with layers, heads and tokens.
 
 A wrapped and a plain training step take turns; what is shown is the median of their differences,
-and that for each layer, head and 1,000 tokens, which is constant where growth is linear.
+and that for each layer, head and 1,000 tokens, which does not rise where growth is linear.
 
     python benchmarks/growth.py
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from overhead import arms
+from speed.arms import steps
 from speed.cases import Case
 from speed.measure import add_options, in_turns, quartiles, start, write
 
@@ -37,7 +37,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         ``each``, the quartiles of the microseconds that are added for each layer, head and 1,000
         tokens.
     """
-    times = in_turns(arms(case, compiled=False), rounds)
+    times = in_turns(steps(case), rounds)
     added = times["wrapped"] - times["plain"]
     units = case.layers * case.heads * case.batch * case.length / 1000
     return {

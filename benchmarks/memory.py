@@ -1,8 +1,9 @@
 """Memory of training with span scaling, against the same training without it.
 
-Counted: the bytes that a forward pass saves for the backward pass, each storage once, and those of
-all tensors that are left after a step. Measured: the peak of the resident set of a fresh process
-that takes some steps; processes take turns, and the ratio is that of neighbours.
+Counted: the bytes that a forward pass saves for the backward pass beside the parameters, each
+storage once, and those of all tensors that Python reaches after a step. Measured: the peak of the
+resident set of a fresh process that takes some steps; processes take turns, and the ratio is that
+of neighbours.
 
     python benchmarks/memory.py
     python benchmarks/memory.py "decoder N=512" --rounds 5
@@ -15,42 +16,51 @@ import resource
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from overhead import LR, wrapped
-from speed.cases import Case, add_cases, build, chosen, training_step
+from speed.arms import adamw, wrapped
+from speed.cases import Case, Setting, add_cases, build, chosen, training_step
 from speed.measure import add_options, counting_saved, live_bytes, quartiles, start, write
 
 ARMS = ("plain", "wrapped")
 STEPS = 3
 
 
+def optimizer_of(arm: str, setting: Setting) -> torch.optim.Optimizer:
+    """Return the optimizer of one of the two."""
+    return wrapped(setting) if arm == "wrapped" else adamw(setting)
+
+
 def counted(case: Case, arm: str) -> dict[str, int]:
     """Count bytes: ``saved`` for backward, and ``left`` after a step."""
     setting = build(case)
-    adamw = torch.optim.AdamW(setting.model.parameters(), lr=LR)
-    optimizer = wrapped(setting) if arm == "wrapped" else adamw
-    training_step(setting, optimizer)()
-    with counting_saved() as saved:
+    step = training_step(setting, optimizer_of(arm, setting))
+    step()
+    with counting_saved(setting.model.parameters()) as saved:
         loss = setting.loss()
-    optimizer.zero_grad()
     loss.backward()
-    optimizer.step()
-    del loss, adamw
+    del loss
+    step()
     return {"saved": sum(saved.values()), "left": live_bytes()}
 
 
-def peak(case: Case, arm: str) -> int:
+def train(case: Case, arm: str) -> int:
     """Train in this process and return the peak of its resident set, in bytes."""
     setting = build(case)
-    optimizer: Any = wrapped(setting)
-    if arm == "plain":
-        optimizer.detach()
-        optimizer = torch.optim.AdamW(setting.model.parameters(), lr=LR)
-    step = training_step(setting, optimizer)
+    step = training_step(setting, optimizer_of(arm, setting))
     for _ in range(STEPS):
         step()
+    return resident_peak()
+
+
+def resident_peak() -> int:
+    """Return the peak of this process's resident set, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # there ru_maxrss would be the parent's, where that is larger
+        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
 
@@ -98,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cases = chosen(parser, options.cases)
     start(options)
     if options.peak:
-        print(peak(cases[0], options.peak))
+        print(train(cases[0], options.peak))
         return
     rows = []
     for case in cases:

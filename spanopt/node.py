@@ -11,7 +11,15 @@ from spanopt.projection import rescale, rescale_by_document
 from spanopt.setups import SETUPS, Setup, setup_name
 from spanopt.shards import Spread, is_spread, on_shards
 
-__all__ = ["Method", "rescale_tokens", "span_node", "switch_on", "switched_node", "uniform_node"]
+__all__ = [
+    "Method",
+    "multiplied",
+    "rescale_tokens",
+    "span_node",
+    "switch_on",
+    "switched_node",
+    "uniform_node",
+]
 
 
 class Method(NamedTuple):
@@ -218,9 +226,9 @@ def rescale_tokens(
     if method.setup != "span":
         other = x if other is None else other
         of_span = SETUPS[method.setup](grad, x, other, ridge=method.ridge, mask=mask)
-        scaled = _multiplied(of_span, parallel - violation)
+        scaled = multiplied(of_span, parallel - violation)
         if isinstance(violation, Tensor) or violation != 0:
-            scaled = scaled + _multiplied(grad, violation)
+            scaled = scaled + multiplied(grad, violation)
     elif documents is None:
         scaled = rescale(grad, x, ridge=method.ridge, mask=mask, spread=spread, **factors)
     else:
@@ -310,7 +318,7 @@ class _SwitchedNode(torch.autograd.Function):
                 grad, x, parallel, violation, method, mask, documents, other=other
             )
         else:
-            scaled = _multiplied(grad, parallel)
+            scaled = multiplied(grad, parallel)
         return torch.where(switch == 0, grad, scaled).reshape(shape), *rest
 
 
@@ -346,10 +354,23 @@ class _UniformNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _multiplied(grad, ctx.factor), None
+        return multiplied(grad, ctx.factor), None
 
 
-def _multiplied(grad: Tensor, factor: float | Tensor) -> Tensor:
+def multiplied(grad: Tensor, factor: float | Tensor) -> Tensor:
+    """Multiply a gradient by a factor.
+
+    Args:
+        grad: Shape ``(..., H, N, d)``.
+        factor: A number, or a tensor of shape ``()`` or ``(H,)``.
+
+    Returns:
+        The product, in the dtype of ``grad``.
+
+    Example:
+        >>> multiplied(torch.ones(2, 1, 1), torch.tensor([2.0, 3.0])).flatten()
+        tensor([2., 3.])
+    """
     if isinstance(factor, Tensor) and factor.ndim:
         factor = factor[..., None, None].to(grad.device)
     return (grad * factor).to(grad.dtype)

@@ -38,17 +38,21 @@ def flops(case, scales):
     return counter.get_total_flops()
 
 
-def matrix_flops(case):
-    """Those of products of d x d matrices in the projections: 6 d^3 for each of them."""
+def product_flops(case, tokens=1):
+    """Those of matrix products in the projections: of tokens by d, and of d x d."""
     d = case.width // case.heads
-    return case.layers * case.batch * (case.heads + case.key_heads) * 6 * d**3
+    of_head = 10 * tokens * case.length * d**2 + 6 * d**3
+    return case.layers * case.batch * (case.heads + case.key_heads) * of_head
 
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_a_step_takes_the_operations_that_the_documentation_says(kind):
     case = SMALL[kind]
     added = flops(case, (2.0, 1.0)) - flops(case, None)
-    assert added == case.projection_flops(10) + matrix_flops(case)
+    assert added == product_flops(case)
+    # Factorisations and solves, 8/3 d^3 a head, are not counted here and are there.
+    assert 0.8 * case.projection_flops(one_solve=False) < added
+    assert added < case.projection_flops(one_solve=False)
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -70,13 +74,12 @@ def test_operations_grow_linearly_with_layers_heads_and_tokens():
     }
     assert added["layers"] == added["heads"] == added["batch"] == 3 * added["one"]
     longer = replace(case, length=3 * case.length)
-    by_token = flops(longer, (2.0, 1.0)) - flops(longer, None) - matrix_flops(case)
-    assert by_token == 3 * (added["one"] - matrix_flops(case))
+    assert flops(longer, (2.0, 1.0)) - flops(longer, None) == product_flops(case, tokens=3)
 
 
 def saved(case, scales):
     setting, _ = wrapped(case, scales)
-    with counting_saved() as storages:
+    with counting_saved(setting.model.parameters()) as storages:
         loss = setting.loss()
     assert loss.requires_grad
     return sum(storages.values())

@@ -11,6 +11,7 @@ from models import Decoder, ScoreAttention, gradients, loss_of, oracle_hook, tok
 from test_score_tap import assert_close
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 from spanopt import (
     SpanScale,
@@ -265,6 +266,34 @@ def test_removal_takes_everything_off():
     assert snapshot(model) != before
     hooks.remove()
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, 1.5])
+def test_equal_scales_project_nothing(factor):
+    model, batch = decoder(), tokens()
+
+    def flops(scale):
+        with (
+            attach(model, scale, projections={"blocks.*.attn": MAP}),
+            FlopCounterMode(display=False) as counter,
+        ):
+            grads = train_step(model, batch)
+        return counter.get_total_flops(), grads
+
+    plain, _ = flops(SpanScale(1.0, 1.0))
+    uniform, grads = flops(SpanScale(factor, factor))
+    assert uniform == plain < flops(SpanScale(factor, factor + 1))[0]
+    almost = flops(SpanScale(factor, factor + 1e-13))[1]
+    assert_close(grads, almost, 1e-9)
+
+
+def test_without_violation_the_projection_is_all_there_is():
+    model, batch = decoder(), tokens()
+    grads = []
+    for violation in (0.0, 1e-13):
+        with attach(model, SpanScale(2.0, violation), projections={"blocks.*.attn": MAP}):
+            grads.append(train_step(model, batch))
+    assert_close(*grads, 1e-9)
 
 
 @pytest.mark.parametrize("pickled", [False, True], ids=["copied", "pickled"])

@@ -47,16 +47,32 @@ class Case:
         """Number of key heads."""
         return self.kv_heads or self.heads
 
-    def projection_flops(self, per_head: int) -> int:
+    def step_flops(self, parameters: int) -> float:
+        """Return the floating-point operations of a training step, the optimizer's left out.
+
+        Args:
+            parameters: Number of weights in matrices.
+
+        Returns:
+            6 for each weight and token, and 12 N D for each token and layer in attention, half of
+            that where it is causal.
+        """
+        tokens = self.batch * self.length
+        attention = 12 * self.length * self.width * self.layers
+        causal = self.kind in ("decoder", "gqa")
+        return tokens * (6 * parameters + attention * (0.5 if causal else 1))
+
+    def projection_flops(self, *, one_solve: bool) -> float:
         """Return the floating-point operations of all projections in a step.
 
         Args:
-            per_head: In units of N d^2: 6 with one Gram matrix and one solve, which is the least
-                that any method needs; 10 as computed.
+            one_solve: With one Gram matrix and one Cholesky solve, 6 N d^2 + 7/3 d^3 a head, which
+                loses digits; otherwise as computed, 10 N d^2 + 26/3 d^3.
         """
         d = self.width // self.heads
-        heads = self.heads + self.key_heads
-        return self.layers * self.batch * heads * per_head * self.length * d * d
+        by_tokens, by_features = (6, 7 / 3) if one_solve else (10, 26 / 3)
+        of_head = (by_tokens * self.length + by_features * d) * d**2
+        return self.layers * self.batch * (self.heads + self.key_heads) * of_head
 
 
 CASES = {
@@ -108,11 +124,12 @@ class Attention(nn.Module):
         super().__init__()
         self.causal, self.heads, self.kv_heads = case.kind != "vit", case.heads, case.key_heads
         d = case.width // case.heads
-        self.rotary, grouped = case.kind == "gqa", case.kind != "gqa"
-        self.q = nn.Linear(case.width, case.width, bias=grouped)
-        self.k = nn.Linear(case.width, self.kv_heads * d, bias=grouped)
-        self.v = nn.Linear(case.width, self.kv_heads * d, bias=grouped)
-        self.out = nn.Linear(case.width, case.width, bias=grouped)
+        self.rotary = case.kind == "gqa"
+        bias = not self.rotary
+        self.q = nn.Linear(case.width, case.width, bias=bias)
+        self.k = nn.Linear(case.width, self.kv_heads * d, bias=bias)
+        self.v = nn.Linear(case.width, self.kv_heads * d, bias=bias)
+        self.out = nn.Linear(case.width, case.width, bias=bias)
         angles = torch.arange(case.length)[:, None] * 1e4 ** (-torch.arange(0, d, 2) / d)
         self.cos: Tensor
         self.sin: Tensor

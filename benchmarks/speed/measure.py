@@ -6,14 +6,14 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = [
@@ -27,10 +27,11 @@ __all__ = [
 ]
 
 
-def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Add the options that all benchmarks have."""
+def add_options(parser: argparse.ArgumentParser, rounds: int | None = None) -> None:
+    """Add the options that all benchmarks have; that of rounds where there are any."""
     parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=rounds, help="measured (%(default)s)")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="measured (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results here, as JSON")
 
 
@@ -43,7 +44,7 @@ def start(options: argparse.Namespace) -> None:
 def in_turns(
     steps: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 3
 ) -> dict[str, np.ndarray]:
-    """Call functions in turns, in an order that rotates.
+    """Call functions in turns, in an order that is drawn anew in each round.
 
     Args:
         steps: The functions by name.
@@ -56,9 +57,9 @@ def in_turns(
     """
     names = list(steps)
     times = {name: np.zeros(rounds) for name in names}
+    order = np.random.default_rng(0)
     for turn in range(-warm_up, rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in order.permutation(names).tolist():
             begin = time.perf_counter()
             steps[name]()
             if turn >= 0:
@@ -72,13 +73,15 @@ def quartiles(values: np.ndarray | Sequence[float]) -> list[float]:
 
 
 @contextmanager
-def counting_saved() -> Iterator[dict[int, int]]:
-    """Count what is saved for backward: bytes by storage, each once."""
+def counting_saved(parameters: Iterable[Tensor] = ()) -> Iterator[dict[int, int]]:
+    """Count what is saved for backward, but for parameters: bytes by storage, each once."""
     saved: dict[int, int] = {}
+    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
         return x
 
     with saved_tensors_hooks(pack, lambda x: x):
@@ -90,13 +93,13 @@ def live_bytes() -> int:
     gc.collect()
     storages = {}
     for x in gc.get_objects():
-        if issubclass(type(x), Tensor):  # isinstance would wake lazy objects
+        if type(x) in (Tensor, nn.Parameter):  # those that stand for others take nothing
             storage = x.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
-def write(options: argparse.Namespace, rows: Any, **conditions: Any) -> None:
+def write(options: argparse.Namespace, rows: Any) -> None:
     """Write results and what they were measured with, if asked to."""
     if options.out is None:
         return
@@ -104,8 +107,7 @@ def write(options: argparse.Namespace, rows: Any, **conditions: Any) -> None:
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": options.threads,
-        "rounds": options.rounds,
-        **conditions,
+        "rounds": getattr(options, "rounds", None),
         "rows": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

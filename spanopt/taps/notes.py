@@ -42,14 +42,14 @@ class Notes(Generic[_T]):
             for other, note in self._traced:
                 if x is other:
                     return note
-        if not self._noted or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._noted:  # traced code makes no guard on notes
             return None
         notes = getattr(x, _ATTRIBUTE, None)
         return None if notes is None else notes.get(id(self))
 
     def is_empty(self) -> bool:
         """Return whether there is none."""
-        return not (self._noted or self._traced)
+        return not self._traced and (torch.compiler.is_compiling() or not self._noted)
 
     def __setitem__(self, x: Tensor, note: _T) -> None:
         if torch.compiler.is_compiling():

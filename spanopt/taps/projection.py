@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spanopt.node import Method, rescale_tokens
+from spanopt.node import Method, multiplied, rescale_tokens
 from spanopt.scale import SpanScale
 from spanopt.setups import NEED_OTHER
 from spanopt.sites import AttentionSite
@@ -333,8 +333,12 @@ class _ProjectionNode(torch.autograd.Function):
             parallel, violation = factors.unbind()
             mask, documents = masks[2 * i : 2 * i + 2]
             g, x_of_side = part.flatten(-4, -3), basis.flatten(-4, -3)
-            scaled = rescale_tokens(
-                g, x_of_side, parallel, violation, Method(*method), mask, documents
-            )
+            if mode == "uniform":
+                scaled = multiplied(g, parallel)
+            else:
+                violation = 0.0 if mode == "parallel" else violation
+                scaled = rescale_tokens(
+                    g, x_of_side, parallel, violation, Method(*method), mask, documents
+                )
             part.copy_(scaled.view_as(part))
         return grad, *(None,) * (3 + _PER_SIDE * len(ctx.sides))
