@@ -264,14 +264,14 @@ PROTOTYPES = [
         lrs=(lr,),
         seeds=tuple(range(seeds)),
     )
-    for lr, seeds in ((4e-3, 6), (2e-3, 4))
+    for lr, seeds in ((4e-3, 5), (2e-3, 3))
 ]
 
 HEAD_DIMS = [
     elsewhere(
         f"head-dim-{d}",
         f"Does it help with heads of dimension {d}?",
-        replace(HALF, width=128, heads=128 // d),
+        replace(HALF, width=128, heads=128 // d, batch=4),
         LRS[:3],
         seeds=6,
         control=False,
@@ -348,7 +348,7 @@ SIZES = [
     elsewhere(
         f"size-{layers}x{width}",
         f"Does it help a decoder of {layers} layers and width {width}?",
-        replace(PLAIN, layers=layers, width=width, heads=width // 32),
+        replace(HALF, layers=layers, width=width, heads=width // 32),
         LRS[:3],
         seeds=6,
         control=False,

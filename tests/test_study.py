@@ -409,6 +409,8 @@ def test_the_page_is_what_the_results_give(tmp_path):
     docstring = " ".join(SpanScale.__doc__.split())
     for arm in ("(2, 1)", "near-null (1.0001, 1)", "(1, 0): span only", "(0, 1): violation only"):
         assert in_words(report.change(study.PRIMARY, arm)) in readme
+    control = report.change(study.CONTROLS, "(0, 1), random projection of the input")
+    assert in_words(control) in readme
     change = report.change(study.CONFIRMATION, "(2, 1)")
     assert in_words(change) in readme
     assert f"{change.mean:+.2f} % (95 % interval {change.low:+.2f} to" in docstring

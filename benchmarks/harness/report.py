@@ -244,10 +244,11 @@ class Report:
             for b in factors
         ]
         limit = 3.0
-        image = axes.imshow(values, origin="lower", cmap="RdYlGn_r", vmin=-limit, vmax=limit)
+        image = axes.imshow(values, origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit)
         for y, row in enumerate(values):
             for x, value in enumerate(row):
-                axes.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=9)
+                colour = "white" if abs(value) > 0.7 * limit else "black"
+                axes.text(x, y, f"{value:+.1f}", ha="center", va="center", color=colour)
         labels = [f"{factor:g}" for factor in factors]
         axes.set_xticks(range(len(factors)), labels)
         axes.set_yticks(range(len(factors)), labels)
