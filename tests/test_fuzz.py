@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -203,6 +204,7 @@ def test_any_dict_of_scales_gives_the_oracles_gradients(scales, batch, length, s
 BAD_KEYS = st.one_of(st.text(max_size=12), st.integers(), st.none(), KEYS)
 
 
+@pytest.mark.filterwarnings("ignore:no scales were given")
 @given(st.one_of(ANYTHING, st.dictionaries(BAD_KEYS, st.one_of(ANYTHING, SCALES), max_size=3)))
 def test_what_is_no_dict_of_scales_is_refused_and_installs_nothing(scales):
     model = Decoder()

@@ -103,7 +103,7 @@ def alike(rows, others, rel=1e-8):
             assert other[name] == (pytest.approx(value, rel=rel) if is_number else value), name
 
 
-def one_step(model, loss, scales, **options):
+def one_step(model, loss, scales=SpanScale(2.0, 1.0), **options):  # noqa: B008
     optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, scales)
     with SpanMonitor(optimizer, **options) as monitor:
         loss().backward()
@@ -190,7 +190,7 @@ def test_merged_heads_are_one_row():
             return torch.stack((self.q(x), k, v)).unflatten(-1, (H, -1)).transpose(2, 3)
 
     model = Merged("merged")
-    monitor = one_step(model, lambda: model(torch.randn(B, N, D)).pow(2).sum(), None)
+    monitor = one_step(model, lambda: model(torch.randn(B, N, D)).pow(2).sum())
     assert [(row["side"], row["head"]) for row in monitor.rows] == [("query", None), ("key", None)]
     assert 0 < monitor.rows[0]["entropy"] < math.log(N)
 
@@ -209,9 +209,9 @@ def test_padding_is_left_out(kind):
         with token_mask(real[None]):
             return by_mask()
 
-    bare = one_step(model, lambda: model(x).pow(2).sum(), None)
-    alike(bare.rows, one_step(model, by_mask, None).rows)
-    alike(bare.rows, one_step(model, given, None).rows)
+    bare = one_step(model, lambda: model(x).pow(2).sum())
+    alike(bare.rows, one_step(model, by_mask).rows)
+    alike(bare.rows, one_step(model, given).rows)
 
 
 def decoder(seed=0, **kwargs):
@@ -290,7 +290,7 @@ def test_several_backward_passes_are_averaged_and_a_closure_may_run_often():
     measured = []
     for parts in ([0], [1], [0, 1]):
         loss = lambda p=parts: sum(model(halves[i]).square().mean() for i in p)  # noqa: E731
-        rows = one_step(model, loss, None).rows
+        rows = one_step(model, loss).rows
         measured.append([row["parallel_energy"] for row in rows])
     means = [(a + b) / 2 for a, b in zip(*measured[:2], strict=True)]
     assert measured[2] == pytest.approx(means, rel=1e-9)
@@ -314,9 +314,9 @@ def test_several_backward_passes_are_averaged_and_a_closure_may_run_often():
 def test_activation_checkpointing_is_measured_once(reentrant):
     model = Attention("causal").double()
     x = torch.randn(B, N, D, dtype=torch.float64, requires_grad=True)
-    plain = one_step(model, lambda: model(x).pow(2).sum(), None)
+    plain = one_step(model, lambda: model(x).pow(2).sum())
     again = lambda: checkpoint(model, x, use_reentrant=reentrant).pow(2).sum()  # noqa: E731
-    alike(plain.rows, one_step(model, again, None).rows)
+    alike(plain.rows, one_step(model, again).rows)
 
 
 def test_the_file_has_every_row(tmp_path):

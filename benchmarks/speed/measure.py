@@ -7,7 +7,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,10 @@ def live_bytes() -> int:
     gc.collect()
     storages = {}
     for x in gc.get_objects():
-        if type(x) in (Tensor, nn.Parameter):  # those that stand for others take nothing
-            storage = x.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+        if type(x) in (Tensor, nn.Parameter):  # others stand for some of these
+            with suppress(RuntimeError):  # sparse ones and the like have no storage
+                storage = x.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
