@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from kernel import by_cholesky, by_qr
 from speed.measure import add_options, start, write
+from tables import markdown
 from torch import Tensor
 
 from spanopt import project
@@ -101,7 +102,7 @@ def table(names: list[str], tokens: int, features: int, seeds: int) -> list[list
     heads = ["dtype", "condition", "as rounded"]
     for method in METHODS:
         heads += [f"{method}, median", "max"]
-    lines = [heads, ["---"] * len(heads)]
+    lines = [heads]
     for name in names:
         for exponent in range(9):
             lines.append(row(name, 10.0**exponent, tokens, features, seeds))
@@ -123,7 +124,8 @@ def main() -> None:
         f"d = {options.features}, {options.seeds} seeds; torch {torch.__version__}\n"
     )
     rows = table(options.dtypes, options.tokens, options.features, options.seeds)
-    print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
+    head, *lines = rows
+    print(markdown(head, lines))
     write(options, rows)
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from speed.measure import three
+from tables import markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed"
@@ -48,18 +50,6 @@ def run(names: Sequence[str], *, quick: bool) -> None:
         if arguments is not None:
             print(f"\n{name}", flush=True)
             subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)
-
-
-def three(values: Sequence[float], digits: int = 3) -> str:
-    """Return median and quartiles."""
-    low, middle, high = values
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def mebibytes(count: float) -> str:
@@ -224,8 +214,8 @@ class Page:
 
     def accuracy(self) -> str:
         """Return the table of errors by condition number."""
-        rows = self.rows("accuracy")
-        return markdown(rows[0], rows[2:])
+        head, *rows = self.rows("accuracy")
+        return markdown(head, rows)
 
 
 def ratio_by_length(page: Page) -> Figure:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from speed.measure import add_options, in_turns, quartiles, start, write
+from speed.measure import add_options, in_turns, quartiles, start, three, write
 from torch import Tensor
 
 from spanopt import project
@@ -114,12 +114,6 @@ def measure_setups(shape: tuple[int, int, int], rounds: int) -> dict[str, list[f
     return {name: quartiles(times[name] / times["span"]) for name in SETUPS}
 
 
-def in_words(ratios: Sequence[float]) -> str:
-    """Return median and quartiles."""
-    low, middle, high = ratios
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -131,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for shape in SHAPES[: options.shapes]:
         for dtype in (torch.float32, torch.bfloat16):
             row = measure(shape, dtype, options.rounds)
-            ratios = ", ".join(f"{name} {in_words(x)}" for name, x in row["ratios"].items())
+            ratios = ", ".join(f"{name} {three(x, 2)}" for name, x in row["ratios"].items())
             print(
                 f"{shape}, {row['dtype']}: project {row['ms']:.1f} ms, "
                 f"{100 * row['peak']:.0f} % of peak; as many times as long: {ratios}",
@@ -139,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             rows.append(row)
     setups = measure_setups(SHAPES[0], 3 * options.rounds)
-    print(f"{SHAPES[0]}, setups over span:", {name: in_words(x) for name, x in setups.items()})
+    print(f"{SHAPES[0]}, setups over span:", {name: three(x, 2) for name, x in setups.items()})
     write(options, {"ways": rows, "setups": setups})
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from tables import markdown
 
 from harness.experiment import Experiment
 from harness.statistics import Change, adjusted, compare
@@ -154,7 +155,7 @@ class Report:
         adjusted_p = adjusted([change.p for change in changes.values()])
         head = ["arm", "learning rate", "loss", "change, %", "95 % interval", "sd"]
         head += ["seeds", "p", "adjusted p"]
-        rows = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+        rows = []
         p_of = dict(zip(changes, adjusted_p, strict=True))
         for arm in experiment.arms:
             cells = [arm, f"{self.lr(experiment, arm):.2g}", f"{self.loss(experiment, arm):.4f}"]
@@ -172,8 +173,8 @@ class Report:
                     cells[0] += f" ({change.diverged} diverged)"
             else:
                 cells += ["", "", "", str(len(experiment.seeds)), "", ""]
-            rows.append(f"| {' | '.join(cells)} |")
-        return "\n".join(rows)
+            rows.append(cells)
+        return markdown(head, rows)
 
     def settings(self, experiments: Sequence[Experiment]) -> str:
         """Return comparisons of the same arms in many settings, one a row, as a Markdown table."""
@@ -181,13 +182,13 @@ class Report:
         main = "(2, 1)"
         p_values = adjusted([self.change(e, main).p for e in experiments])
         head = ["setting", "learning rate", "plain's loss", *arms, "seeds", f"adjusted p of {main}"]
-        rows = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+        rows = []
         for e, p in zip(experiments, p_values, strict=True):
             cells = [e.name, f"{self.lr(e, e.baseline):.2g}", f"{self.loss(e, e.baseline):.4f}"]
             for arm in arms:
                 cells.append(in_words(self.change(e, arm)) if arm in e.arms else "")
-            rows.append(f"| {' | '.join([*cells, str(len(e.seeds)), f'{p:.2g}'])} |")
-        return "\n".join(rows)
+            rows.append([*cells, str(len(e.seeds)), f"{p:.2g}"])
+        return markdown(head, rows)
 
     def forest_of_settings(self, experiments: Sequence[Experiment], arms: Sequence[str]) -> Figure:
         """Draw the change by some arms in many settings, with intervals."""

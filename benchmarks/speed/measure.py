@@ -23,6 +23,7 @@ __all__ = [
     "live_bytes",
     "quartiles",
     "start",
+    "three",
     "write",
 ]
 
@@ -70,6 +71,12 @@ def in_turns(
 def quartiles(values: np.ndarray | Sequence[float]) -> list[float]:
     """Return first quartile, median and third quartile."""
     return [float(x) for x in np.percentile(values, [25, 50, 75])]
+
+
+def three(values: Sequence[float], digits: int = 3) -> str:
+    """Return median and quartiles."""
+    low, middle, high = values
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 @contextmanager

@@ -530,10 +530,8 @@ _BY_NAME: dict[str, Handler] = {
     "softmax": _softmax,
 }
 # Where scores come from or are missed; the others only follow them.
-_SOURCES = frozenset(
-    {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "baddbmm", "einsum", "softmax"}
-)
+_SOURCES = (_matmul, _bmm, _einsum, _softmax)
 HANDLERS = {
-    name: _by_position(handler) if name in _SOURCES else _with_scores(_by_position(handler))
+    name: _by_position(handler) if handler in _SOURCES else _with_scores(_by_position(handler))
     for name, handler in _BY_NAME.items()
 }
