@@ -34,8 +34,9 @@ RUNS: dict[str, tuple[str, list[str], list[str] | None]] = {
     "overhead": ("overhead.py", [], ["decoder N=512", "demo", "--rounds", "9"]),
     "compiled": ("overhead.py", ["--compile"], ["demo", "--compile", "--rounds", "9"]),
     "memory": ("memory.py", [], ["decoder N=512", "demo", "--rounds", "3"]),
+    "deep": ("memory.py", ["ViT-B/16", "padded encoder", "--layers", "12", "--rounds", "3"], None),
     "kernel": ("kernel.py", [], ["--shapes", "1", "--rounds", "3"]),
-    "dispatch": ("dispatch.py", [], []),
+    "dispatch": ("dispatch.py", [], ["--rounds", "100"]),
     "growth": ("growth.py", [], None),
     "peers": ("peers.py", [], ["demo", "--rounds", "9"]),
     "accuracy": ("accuracy.py", [], ["--seeds", "3"]),
@@ -61,7 +62,8 @@ class Page:
     """Fills results into a text.
 
     Placeholders are ``[[NAME]]`` for a table or a figure, and ``[[ratio | CASE]]``,
-    ``[[compiled_ratio | CASE]]`` and ``[[conditions | RESULT]]`` inside a sentence.
+    ``[[compiled_ratio | CASE]]``, ``[[computed | CASE]]`` and ``[[conditions | RESULT]]`` inside a
+    sentence.
 
     Args:
         folder: Where the results are.
@@ -111,6 +113,10 @@ class Page:
         """Return the ratio of a case, not compiled."""
         return three(self.case("overhead", case)["ratio"])
 
+    def computed(self, case: str) -> str:
+        """Return the ratio of a case by operations, as computed."""
+        return f"{self.case('overhead', case)['computed']:.2f}"
+
     def compiled_ratio(self, case: str) -> str:
         """Return the ratio of a case, compiled."""
         return three(self.case("compiled", case)["ratio"])
@@ -136,15 +142,24 @@ class Page:
         return markdown([*head, "noise", "by operations", "target"], rows)
 
     def memory(self) -> str:
-        """Return the table of memory."""
+        """Return the table of memory, of all models and of some with all their layers."""
         rows = []
-        for row in self.rows("memory"):
-            cells = [row["case"]]
+        for row in [*self.rows("memory"), *self.rows("deep")]:
+            cells = [row["case"], str(row["layers"])]
             for name in ("saved", "left"):
                 plain, wrapped = row[name]
                 cells += [mebibytes(plain), f"{wrapped / plain:.4f}"]
             rows.append([*cells, mebibytes(row["peak"][0]), three(row["ratio"], 4)])
-        head = ["model", "saved, MiB", "ratio", "left, MiB", "ratio", "peak, MiB", "ratio"]
+        head = [
+            "model",
+            "layers",
+            "saved, MiB",
+            "ratio",
+            "left, MiB",
+            "ratio",
+            "peak, MiB",
+            "ratio",
+        ]
         return markdown(head, rows)
 
     def kernel(self) -> str:

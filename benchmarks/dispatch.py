@@ -114,7 +114,7 @@ def measure_attaching(rounds: int) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_options(parser, rounds=100)
+    add_options(parser, rounds=200)
     options = parser.parse_args(argv)
     start(options)
     own, attaching = measure_step(options.rounds), measure_attaching(ATTACHMENTS)

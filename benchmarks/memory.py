@@ -7,6 +7,7 @@ of neighbours.
 
     python benchmarks/memory.py
     python benchmarks/memory.py "decoder N=512" --rounds 5
+    python benchmarks/memory.py "ViT-B/16" --layers 12
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,8 @@ def resident_peak() -> int:
 
 def peak_in_fresh_process(case: Case, arm: str, threads: int) -> int:
     """Return the peak of a process of its own."""
-    command = [sys.executable, __file__, case.name, "--peak", arm, "--threads", str(threads)]
+    command = [sys.executable, __file__, case.name, "--peak", arm]
+    command += ["--layers", str(case.layers), "--threads", str(threads)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(result.stdout)
 
@@ -91,6 +94,7 @@ def measure(case: Case, rounds: int, threads: int) -> dict[str, Any]:
             peaks[arm].append(peak_in_fresh_process(case, arm, threads))
     return {
         "case": case.name,
+        "layers": case.layers,
         "saved": [counts[arm]["saved"] for arm in ARMS],
         "left": [counts[arm]["left"] for arm in ARMS],
         "peak": [quartiles(peaks[arm])[1] for arm in ARMS],
@@ -102,10 +106,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_cases(parser)
+    parser.add_argument("--layers", type=int, help="of the models, in place of what they have")
     parser.add_argument("--peak", choices=ARMS, help="print the peak of this process only")
     add_options(parser, rounds=5)
     options = parser.parse_args(argv)
     cases = chosen(parser, options.cases)
+    if options.layers is not None:
+        cases = [replace(case, layers=options.layers) for case in cases]
     start(options)
     if options.peak:
         print(train(cases[0], options.peak))

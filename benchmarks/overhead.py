@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_cases(parser)
     parser.add_argument("--compile", action="store_true", help="compile both models")
     parser.add_argument("--profile", action="store_true", help="print a profile in place of times")
-    add_options(parser, rounds=15)
+    add_options(parser, rounds=11)
     options = parser.parse_args(argv)
     cases = chosen(parser, options.cases)
     start(options)

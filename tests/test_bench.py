@@ -117,7 +117,7 @@ def test_growth_dispatch_and_peers_are_measured():
     assert rows["AdamW"]["ratio"] == [1, 1, 1]
     assert rows["AdamW"]["state"] == pytest.approx(2, rel=0.05)
     assert rows["span-scaled AdamW"]["state"] == pytest.approx(2, rel=0.05)
-    assert rows["Lookahead (torch-optimizer)"]["state"] == pytest.approx(3, rel=0.05)
+    assert rows["Lookahead"]["state"] == pytest.approx(3, rel=0.05)
 
 
 def test_attaching_is_measured_on_so_many_modules():
@@ -173,10 +173,13 @@ def test_an_unknown_benchmark_or_placeholder_is_named(capsys, tmp_path):
 def test_the_page_shows_what_was_measured(tmp_path):
     named = [replace(TINY, name=name) for name in ("decoder N=512", "demo")]
     accuracy = [["dtype", "condition"], ["float32", "1e+00"]]
+    counts = {name: [2**20, 2**21] for name in ("saved", "left", "peak")}
+    memory_row = {"case": "tiny", "layers": 1, **counts, "ratio": [1.9, 2.0, 2.1]}
     results = {
         "overhead": [overhead.measure(case, compiled=False, rounds=2) for case in named],
         "compiled": [overhead.measure(case, compiled=False, rounds=2) for case in named],
-        "memory": [],
+        "memory": [memory_row],
+        "deep": [memory_row | {"layers": 12}],
         "kernel": {
             "ways": [kernel.measure((2, 16, 4), torch.float32, rounds=2)],
             "setups": kernel.measure_setups((2, 16, 4), rounds=2),
@@ -196,6 +199,27 @@ def test_the_page_shows_what_was_measured(tmp_path):
     assert bench.three(results["overhead"][0]["ratio"]) in text.splitlines()[4]
     assert "10,001 modules, 100 of them attention layers, 0.20 (0.10 to 0.30) s" in text
     assert "| float32 | 1e+00 |" in text
-    assert text.count("\n| tiny") == 0 < text.count("\n| demo |")
+    for layers in (1, 12):
+        row = f"| tiny | {layers} | 1.0 | 2.0000 | 1.0 | 2.0000 | 1.0 | 2.0000 (1.9000 to 2.1000) |"
+        assert row in text
+    assert text.count("\n| tiny") == 2 < text.count("\n| demo |")
     figure = bench.ratio_by_length(page)
     assert len(figure.axes[0].lines) == 5
+
+
+def test_the_page_is_what_the_results_give(tmp_path):
+    """docs/performance.md is up to date, and the README quotes it."""
+    bench.write_report(tmp_path)
+    text = (tmp_path / "performance.md").read_text(encoding="utf-8")
+    assert text == (bench.DOCS / "performance.md").read_text(encoding="utf-8")
+    for path in tmp_path.glob("*.png"):
+        assert (bench.DOCS / path.name).exists()
+        assert f"({path.name})" in text
+    page = bench.Page()
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for case, words in (
+        ("decoder N=512", "times as long at width 768"),
+        ("demo", "times at the demo's width 96"),
+    ):
+        ratio = page.case("overhead", case)["ratio"]
+        assert f"{ratio[1]:.2f} {words}" in readme

@@ -104,6 +104,32 @@ def test_settings_are_compared_in_one_table():
     assert lines[2].count("|") == lines[3].count("|") == 8
 
 
+def test_a_setting_off_the_scale_is_named_and_not_drawn():
+    store = Losses(
+        lambda trial: (2.0 if trial.width == 16 else 1 + trial.seed) * trial.parallel**0.01
+    )
+    near = experiment(lrs=(4e-3,), seeds=(0, 1, 2))
+    wide = {name: replace(arm, width=8) for name, arm in near.arms.items()}
+    wide["(2, 1)"] = replace(wide["(2, 1)"], parallel=1e50)
+    far = replace(near, name="far", arms=wide)
+    store.run(near)
+    store.run(far)
+    figure = Report({"all": [near, far]}, store).forest_of_settings([near, far], ["(2, 1)", "none"])
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["tiny"]
+    assert "not shown: far, (2, 1): +216" in axes.get_xlabel()
+
+
+def test_a_table_can_have_more_columns():
+    store, e = Losses(lambda trial: 1.0 + trial.seed), experiment(lrs=(4e-3,))
+    store.run(e)
+    report = Report({"all": [e]}, store, {"tiny": {"step": {"(2, 1)": "1.3"}}})
+    head, _, plain, scaled = report.page("[[table tiny]]").splitlines()
+    assert head.endswith("| adjusted p | step |")
+    assert plain.endswith("|  |")
+    assert scaled.endswith("| 1.3 |")
+
+
 def test_steps_to_the_baselines_loss():
     curves = {1.0: [(10, 3.0), (20, 2.0)], 2.0: [(10, 2.5), (20, 1.5)]}
 
@@ -405,12 +431,18 @@ def test_the_page_is_what_the_results_give(tmp_path):
         assert (study.DOCS / path.name).exists()
         assert f"({path.name})" in page
     report = Report(study.GROUPS, Store(study.RESULTS))
+    changes = [report.change(e, "(2, 1)") for e in study.SETTINGS]
+    worse = sum(change.mean > 0 for change in changes)
+    assert f"In {worse} of these {len(changes)} settings the mean of (2, 1) is worse" in page
+    assert not any(change.high < 0 for change in changes)
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     docstring = " ".join(SpanScale.__doc__.split())
     for arm in ("(2, 1)", "near-null (1.0001, 1)", "(1, 0): span only", "(0, 1): violation only"):
         assert in_words(report.change(study.PRIMARY, arm)) in readme
     control = report.change(study.CONTROLS, "(0, 1), random projection of the input")
     assert in_words(control) in readme
+    for arm in ("(2, 1)", "uniform (2, 2)"):
+        assert in_words(report.change(study.MUON_CONFIRMATION, arm)) in readme
     change = report.change(study.CONFIRMATION, "(2, 1)")
     assert in_words(change) in readme
     assert f"{change.mean:+.2f} % (95 % interval {change.low:+.2f} to" in docstring

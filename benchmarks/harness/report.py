@@ -33,10 +33,18 @@ class Report:
     Args:
         groups: Experiments by the name of their group.
         store: Their results.
+        columns: What tables show besides: for an experiment's name, for the head of each column,
+            the cells by arm.
     """
 
-    def __init__(self, groups: Mapping[str, Sequence[Experiment]], store: Store) -> None:
+    def __init__(
+        self,
+        groups: Mapping[str, Sequence[Experiment]],
+        store: Store,
+        columns: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
+    ) -> None:
         self.groups = groups
+        self.columns = columns or {}
         self.experiments = {e.name: e for experiments in groups.values() for e in experiments}
         self.store = store
 
@@ -155,6 +163,7 @@ class Report:
         adjusted_p = adjusted([change.p for change in changes.values()])
         head = ["arm", "learning rate", "loss", "change, %", "95 % interval", "sd"]
         head += ["seeds", "p", "adjusted p"]
+        columns = self.columns.get(experiment.name, {})
         rows = []
         p_of = dict(zip(changes, adjusted_p, strict=True))
         for arm in experiment.arms:
@@ -173,8 +182,8 @@ class Report:
                     cells[0] += f" ({change.diverged} diverged)"
             else:
                 cells += ["", "", "", str(len(experiment.seeds)), "", ""]
-            rows.append(cells)
-        return markdown(head, rows)
+            rows.append([*cells, *(column.get(arm, "") for column in columns.values())])
+        return markdown([*head, *columns], rows)
 
     def settings(self, experiments: Sequence[Experiment]) -> str:
         """Return comparisons of the same arms in many settings, one a row, as a Markdown table."""
@@ -192,19 +201,31 @@ class Report:
 
     def forest_of_settings(self, experiments: Sequence[Experiment], arms: Sequence[str]) -> Figure:
         """Draw the change by some arms in many settings, with intervals."""
-        figure = Figure(figsize=(8, 1 + 0.32 * len(experiments)), layout="constrained")
+        changes = [{arm: self.change(e, arm) for arm in arms if arm in e.arms} for e in experiments]
+        near = [
+            i
+            for i, of_setting in enumerate(changes)
+            if all(max(-x.low, x.high) < OFF_SCALE for x in of_setting.values())
+        ]
+        figure = Figure(figsize=(8, 1.2 + 0.32 * len(near)), layout="constrained")
         axes = figure.subplots()
         for number, (arm, colour) in enumerate(zip(arms, _COLOURS, strict=False)):
-            for row, e in enumerate(experiments):
-                if arm not in e.arms:
-                    continue
-                change, y = self.change(e, arm), row + 0.3 * (number - (len(arms) - 1) / 2)
-                axes.plot([change.low, change.high], [y, y], color=colour, linewidth=2)
-                axes.plot(change.mean, y, "o", color=colour, label=arm)
+            for row, i in enumerate(near):
+                change, y = changes[i].get(arm), row + 0.3 * (number - (len(arms) - 1) / 2)
+                if change is not None:
+                    axes.plot([change.low, change.high], [y, y], color=colour, linewidth=2)
+                    axes.plot(change.mean, y, "o", color=colour, label=arm)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(experiments)), [e.name for e in experiments])
-        axes.set_ylim(len(experiments) - 0.5, -0.5)
-        axes.set_xlabel("change of validation loss, % (below 0 is better); 95 % interval")
+        axes.set_yticks(range(len(near)), [experiments[i].name for i in near])
+        axes.set_ylim(len(near) - 0.5, -0.5)
+        far = [
+            f"{e.name}, {arm}: {in_words(change)}"
+            for i, e in enumerate(experiments)
+            if i not in near
+            for arm, change in changes[i].items()
+        ]
+        text = "change of validation loss, % (below 0 is better); 95 % interval"
+        axes.set_xlabel("\n".join([text, *(f"not shown: {line}" for line in far)]))
         axes.grid(axis="x", alpha=0.3)
         handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         axes.legend(handles.values(), handles.keys())
