@@ -492,6 +492,7 @@ def attach(
     try:
         hooks.add(planned)
         _let_compiled_code_notice_hooks()
+        _keep_eager_taps_eager()
         if example_inputs is not None:
             hooks.probe(model, example_inputs)
     except BaseException:
@@ -904,3 +905,20 @@ def _let_compiled_code_notice_hooks() -> None:
     if torch._dynamo.config.skip_nnmodule_hook_guards:
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         torch.compiler.reset()
+
+
+def _keep_eager_taps_eager() -> None:
+    """Have torch.compile leave a tap alone that is called by code that it does not compile.
+
+    That is so after a graph break. Compiled by itself, the tap could be given the result of another
+    function: Dynamo tells functions by their address, and that of ``Tensor.is_nested.__get__`` and
+    its like is free for another one after the call. In compiled code the tap is traced as ever.
+    """
+    dynamo: Any = torch._C._dynamo.eval_frame
+    for tap in (Tap, ProjectionTap):
+        code = tap.__torch_function__.__code__
+        if hasattr(dynamo, "set_code_exec_strategy"):
+            skip = dynamo._FrameAction.SKIP  # this frame, and those that it calls
+            dynamo.set_code_exec_strategy(code, dynamo._FrameExecStrategy(skip, skip))
+        else:  # torch 2.6
+            dynamo.skip_code(code)

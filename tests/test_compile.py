@@ -260,3 +260,32 @@ def test_neither_pass_waits_for_the_device_or_has_shapes_that_depend_on_values(l
         assert all(p.grad is not None for p in model.parameters())
         with pytest.raises(DataDependentOutputException):
             batch.sum().item()
+
+
+def test_a_tap_that_uncompiled_code_calls_is_not_compiled_by_itself():
+    """Dynamo leaves nn.TransformerEncoder's own forward alone, so its layers call taps eagerly."""
+
+    def encoder(scaled):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(
+            64, 2, 256, dropout=0.0, batch_first=True, norm_first=True
+        )
+        model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        if scaled:
+            attach(model, {"*": SpanScale(2.0, 0.5)})
+        return model
+
+    x = torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(1))
+    padding = torch.arange(16) >= torch.tensor([8, 11, 13, 16])[:, None]
+    models = {"wrapped": encoder(True), "plain": encoder(False), "eager": encoder(True)}
+    for name in ("plain", "wrapped"):
+        models[name].compile(backend="eager")
+    found = {}
+    for name in ("plain", "wrapped", "eager"):
+        for _ in range(2):
+            models[name].zero_grad()
+            models[name](x, src_key_padding_mask=padding).square().sum().backward()
+        found[name] = [p.grad for p in models[name].parameters()]
+    for mine, reference in zip(found["wrapped"], found["eager"], strict=True):
+        torch.testing.assert_close(mine, reference)
+    assert not torch.allclose(found["wrapped"][0], found["plain"][0])
