@@ -150,17 +150,8 @@ class Page:
                 plain, wrapped = row[name]
                 cells += [mebibytes(plain), f"{wrapped / plain:.4f}"]
             rows.append([*cells, mebibytes(row["peak"][0]), three(row["ratio"], 4)])
-        head = [
-            "model",
-            "layers",
-            "saved, MiB",
-            "ratio",
-            "left, MiB",
-            "ratio",
-            "peak, MiB",
-            "ratio",
-        ]
-        return markdown(head, rows)
+        sizes = [x for name in ("saved", "left", "peak") for x in (f"{name}, MiB", "ratio")]
+        return markdown(["model", "layers", *sizes], rows)
 
     def kernel(self) -> str:
         """Return the table of ways to the projection."""

@@ -82,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     rows = []
     for case in cases:
-        # Small steps are short and noisy, and there can be more of them.
-        rounds = options.rounds * (10 if case.width < 256 else 1)
+        rounds = options.rounds * (10 if case.small else 1)
         row = measure(case, options.compile, rounds)
         low, middle, high = row["ratio"]
         print(

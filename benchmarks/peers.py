@@ -123,7 +123,7 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
         A row for each: first quartile, mean and third quartile of the ``ratio`` of its step time
         to AdamW's, and its ``state`` in units of the parameters' bytes.
     """
-    peers = {name: peer for name, peer in PEERS.items() if case.width < 256 or name != "Muon"}
+    peers = {name: peer for name, peer in PEERS.items() if case.small or name != "Muon"}
     states = {name: state_bytes(case, peer) for name, peer in peers.items()}
     times = in_turns({name: peer(build(case)) for name, peer in peers.items()}, rounds)
     size = sum(p.numel() * p.element_size() for p in build(case).model.parameters())
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start(options)
     rows = []
     for case in cases:
-        for row in measure(case, options.rounds * (5 if case.width < 256 else 1)):
+        for row in measure(case, options.rounds * (5 if case.small else 1)):
             low, middle, high = row["ratio"]
             print(
                 f"{case.name:14s} {row['peer']:30s} {row['ms']:8.1f} ms, ratio {middle:.3f} "

@@ -201,29 +201,25 @@ class Report:
 
     def forest_of_settings(self, experiments: Sequence[Experiment], arms: Sequence[str]) -> Figure:
         """Draw the change by some arms in many settings, with intervals."""
-        changes = [{arm: self.change(e, arm) for arm in arms if arm in e.arms} for e in experiments]
-        near = [
-            i
-            for i, of_setting in enumerate(changes)
-            if all(max(-x.low, x.high) < OFF_SCALE for x in of_setting.values())
-        ]
+        near: dict[str, dict[str, Change]] = {}
+        far: list[str] = []
+        for e in experiments:
+            changes = {arm: self.change(e, arm) for arm in arms if arm in e.arms}
+            if all(max(-x.low, x.high) < OFF_SCALE for x in changes.values()):
+                near[e.name] = changes
+            else:
+                far += [f"{e.name}, {arm}: {in_words(x)}" for arm, x in changes.items()]
         figure = Figure(figsize=(8, 1.2 + 0.32 * len(near)), layout="constrained")
         axes = figure.subplots()
         for number, (arm, colour) in enumerate(zip(arms, _COLOURS, strict=False)):
-            for row, i in enumerate(near):
-                change, y = changes[i].get(arm), row + 0.3 * (number - (len(arms) - 1) / 2)
+            for row, changes in enumerate(near.values()):
+                change, y = changes.get(arm), row + 0.3 * (number - (len(arms) - 1) / 2)
                 if change is not None:
                     axes.plot([change.low, change.high], [y, y], color=colour, linewidth=2)
                     axes.plot(change.mean, y, "o", color=colour, label=arm)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(near)), [experiments[i].name for i in near])
+        axes.set_yticks(range(len(near)), [*near])
         axes.set_ylim(len(near) - 0.5, -0.5)
-        far = [
-            f"{e.name}, {arm}: {in_words(change)}"
-            for i, e in enumerate(experiments)
-            if i not in near
-            for arm, change in changes[i].items()
-        ]
         text = "change of validation loss, % (below 0 is better); 95 % interval"
         axes.set_xlabel("\n".join([text, *(f"not shown: {line}" for line in far)]))
         axes.grid(axis="x", alpha=0.3)

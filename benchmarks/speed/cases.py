@@ -43,6 +43,11 @@ class Case:
     target: float = 1.05
 
     @property
+    def small(self) -> bool:
+        """Whether steps are short and noisy, so that there can and should be more of them."""
+        return self.width < 256
+
+    @property
     def key_heads(self) -> int:
         """Number of key heads."""
         return self.kv_heads or self.heads
