@@ -57,4 +57,5 @@ while step < args.steps:
 parts, state = get_state_dict(model, optimizer)
 saved = {"model": parts, "optimizer": state, "spans": optimizer.hooks}
 dcp.save(saved, checkpoint_id=args.checkpoints / str(step))
+dist.barrier()  # gloo's threads let go of the last tensors while Python still runs
 dist.destroy_process_group()

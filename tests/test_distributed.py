@@ -81,7 +81,9 @@ def test_the_scripts_train_alike_and_go_on_from_their_checkpoints(tmp_path):
         for steps in (3, 6):
             arguments = ("--steps", steps, option, tmp_path / script)
             run = torchrun(2, EXAMPLES / script, *arguments)
-            assert run.returncode == 0, run.stderr
+            # Gloo can abort a process that is done and shutting down (pytorch/pytorch#190489).
+            aborted = run.stderr.startswith("terminate called without an active exception")
+            assert run.returncode == 0 or aborted, run.stderr
             losses += re.findall(r"step +(\d+)  loss ([\d.]+)", run.stdout)
         printed.append(losses)
     assert printed[0] == printed[1]
