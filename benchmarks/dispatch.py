@@ -2,7 +2,8 @@
 
 ``step`` and ``zero_grad`` of the wrapper are measured against those of the optimizer inside it, in
 turns. Hook dispatch is what the forward and backward passes take longer with hooks that have
-nothing to do, at scales (1, 1).
+nothing to do, at scales (1, 1): the same calls for a model of any width and any batch, so it is
+measured on one sequence of a few tokens, where arithmetic takes no time to speak of.
 
     python benchmarks/dispatch.py
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from torch import nn
 from spanopt import SpanScale, SpanScaledOptimizer
 
 MODULES = 10_000
+FEW_TOKENS = 8
 ATTACHMENTS = 5
 
 
@@ -38,12 +41,13 @@ def measure_step(rounds: int) -> dict[str, Any]:
         ``zero_grad`` and by hooks: quartiles of the paired differences in per cent of the step.
     """
     case = CASES["demo"]
-    settings = {name: build(case) for name in ("plain", "hooked", "wrapped")}
-    optimizers: dict[str, Any] = {
-        "plain": adamw(settings["plain"]),
-        "hooked": wrapped(settings["hooked"], 1.0, 1.0),
-        "wrapped": wrapped(settings["wrapped"]),
+    few = replace(case, length=FEW_TOKENS, batch=1)
+    settings = {
+        **{name: build(case) for name in ("plain", "wrapped")},
+        **{name: build(few) for name in ("bare", "hooked")},
     }
+    outer = wrapped(settings["wrapped"])
+    hooks = wrapped(settings["hooked"], 1.0, 1.0)
 
     def passes(name: str) -> Callable[[], None]:
         def run() -> None:
@@ -53,9 +57,10 @@ def measure_step(rounds: int) -> dict[str, Any]:
 
         return run
 
-    plain = training_step(settings["plain"], optimizers["plain"])
+    plain = training_step(settings["plain"], adamw(settings["plain"]))
     step = in_turns({"plain": plain}, rounds)["plain"]
-    hooks = in_turns({name: passes(name) for name in ("plain", "hooked")}, rounds)
+    calls = in_turns({name: passes(name) for name in ("bare", "hooked")}, rounds)
+    hooks.detach()
     passes("wrapped")()
     own: dict[str, list[float]] = {"step": [], "zero_grad": []}
     for turn in range(rounds):
@@ -63,7 +68,6 @@ def measure_step(rounds: int) -> dict[str, Any]:
         for method in own:
             pair = {}
             for name in ("inner", "outer") if turn % 2 else ("outer", "inner"):
-                outer = optimizers["wrapped"]
                 target = outer.optimizer if name == "inner" else outer
                 begin = time.perf_counter()
                 getattr(target, method)()
@@ -71,7 +75,7 @@ def measure_step(rounds: int) -> dict[str, Any]:
                 passes("wrapped")()  # both find gradients
             own[method].append(pair["outer"] - pair["inner"])
     whole = float(np.median(step))
-    parts = {"hooks": hooks["hooked"] - hooks["plain"], **own}
+    parts = {"hooks": calls["hooked"] - calls["bare"], **own}
     return {
         "ms": 1e3 * whole,
         "percent": {name: [100 * x / whole for x in quartiles(parts[name])] for name in parts},

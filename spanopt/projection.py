@@ -99,11 +99,9 @@ def orthonormal(basis: Tensor, *, ridge: float | None = None, mask: Tensor | Non
     dtype = _compute_dtype(basis.dtype)
     if basis.numel() == 0:
         return torch.zeros_like(basis, dtype=dtype)
-    q = basis.detach().to(dtype).reshape(-1, *basis.shape[-2:])
-    if mask is not None:
-        q = torch.where(mask.expand(basis.shape[:-1]).reshape(len(q), -1, 1), q, 0)
+    ridge = max(default_ridge(dtype), ridge or 0.0)
     with _full_precision(basis.device.type):
-        whitened, inverse, valid = _factored(q, max(default_ridge(dtype), ridge or 0.0), None)
+        whitened, inverse, valid = _factored(_matrices(basis.detach(), mask, dtype), ridge, None)
         return (whitened @ (inverse * valid)).reshape(basis.shape)
 
 
@@ -189,10 +187,10 @@ def rescale(
         return grad if parallel == 1 else grad * parallel
     dtype = _compute_dtype(torch.promote_types(basis.dtype, grad.dtype))
     a, b = (_per_head(factor, dtype, grad.device) for factor in (parallel, violation))
-    projected = _project(basis, grad, ridge, mask, factor=a - b, spread=spread)
-    if not isinstance(violation, Tensor) and violation == 0:
-        return projected.to(grad.dtype)
-    return torch.addcmul(projected, grad.to(dtype), b).to(grad.dtype)
+    scaled = _project(basis, grad, ridge, mask, factor=a - b, spread=spread)
+    if isinstance(violation, Tensor) or violation != 0:
+        scaled.addcmul_(grad.to(dtype), b)
+    return scaled.to(grad.dtype)
 
 
 def rescale_by_document(
@@ -310,20 +308,25 @@ def _project(
     if spread is None and (basis.numel() == 0 or x.numel() == 0):
         return torch.zeros_like(x, dtype=dtype)
     ridge = max(default_ridge(dtype), ridge or 0.0)
-    # One copy to (matrices, N, d) here saves one in each of the products below.
-    count = basis.shape[:-2].numel()
-    q, g = (t.to(dtype).reshape(count, *t.shape[-2:]) for t in (basis.detach(), x))
-    if mask is not None:
-        real = mask.expand(basis.shape[:-1]).reshape(count, basis.shape[-2], 1)
-        q, g = torch.where(real, q, 0), torch.where(real, g, 0)
     with _full_precision(basis.device.type):
-        whitened, inverse, weight = _factored(q, ridge, spread)
+        # Copies have no name: each is gone, for the next buffer to take its place, once it is used.
+        whitened, inverse, weight = _factored(_matrices(basis.detach(), mask, dtype), ridge, spread)
         if factor is not None:
             by_head = weight.reshape(*basis.shape[:-2], 1, 1) * factor
             weight = by_head.reshape(weight.shape)
         # The weight goes on the smallest matrix, which saves passes over the others.
-        coefficients = inverse @ ((inverse * weight).mT @ _total(whitened.mT @ g, spread))
+        inner = _total(whitened.mT @ _matrices(x, mask, dtype), spread)
+        coefficients = inverse @ ((inverse * weight).mT @ inner)
         return (whitened @ coefficients).reshape(x.shape)
+
+
+def _matrices(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return x as (matrices, N, d), contiguous at best, with zeros for masked tokens."""
+    shape = x.shape[:-2].numel(), *x.shape[-2:]
+    if mask is None:  # a copy, if it takes one, saves one in each product
+        return x.to(dtype).reshape(shape)
+    x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return x.masked_fill_(~mask[..., None], 0).view(shape)
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[Any]:
