@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test soak docs study study-quick evidence bench lint clean
+.PHONY: demo test soak docs study study-quick evidence bench performance lint clean
 
 demo: .venv/demo.stamp
 	.venv/bin/python examples/train_text.py $(ARGS)
@@ -34,6 +34,10 @@ evidence: .venv/study.stamp
 # The main part of the measurements of time and memory, in minutes.
 bench: .venv/study.stamp
 	.venv/bin/python benchmarks/bench.py run --quick $(ARGS)
+
+# docs/performance.md, from the results of `python benchmarks/bench.py run`.
+performance: .venv/study.stamp
+	.venv/bin/python benchmarks/bench.py report $(ARGS)
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff check .

@@ -33,7 +33,7 @@ PLACEHOLDER = re.compile(r"\[\[(\w+)(?: \| ([^\]]+))?\]\]")
 RUNS: dict[str, tuple[str, list[str], list[str] | None]] = {
     "overhead": ("overhead.py", [], ["decoder N=512", "demo", "--rounds", "9"]),
     "compiled": ("overhead.py", ["--compile"], ["demo", "--compile", "--rounds", "9"]),
-    "memory": ("memory.py", [], ["decoder N=512", "demo", "--rounds", "3"]),
+    "memory": ("memory.py", ["--rounds", "3"], ["decoder N=512", "demo", "--rounds", "3"]),
     "deep": ("memory.py", ["ViT-B/16", "padded encoder", "--layers", "12", "--rounds", "3"], None),
     "kernel": ("kernel.py", [], ["--shapes", "1", "--rounds", "3"]),
     "dispatch": ("dispatch.py", [], ["--rounds", "100"]),
@@ -243,7 +243,7 @@ def ratio_by_length(page: Page) -> Figure:
     axes.set_xticks(lengths, [str(n) for n in lengths])
     axes.set(xlabel="tokens N in a sequence (2,048 in a batch)", ylabel="wrapped / plain step")
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=4)
     axes.grid(alpha=0.3)
     return figure
 

@@ -205,3 +205,21 @@ def test_the_page_shows_what_was_measured(tmp_path):
     assert text.count("\n| tiny") == 2 < text.count("\n| demo |")
     figure = bench.ratio_by_length(page)
     assert len(figure.axes[0].lines) == 5
+
+
+def test_the_page_is_what_the_results_give(tmp_path):
+    """docs/performance.md is up to date, and the README quotes it."""
+    bench.write_report(tmp_path)
+    text = (tmp_path / "performance.md").read_text(encoding="utf-8")
+    assert text == (bench.DOCS / "performance.md").read_text(encoding="utf-8")
+    for path in tmp_path.glob("*.png"):
+        assert (bench.DOCS / path.name).exists()
+        assert f"({path.name})" in text
+    page = bench.Page()
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for case, words in (
+        ("decoder N=512", "times as long at width 768"),
+        ("demo", "times at the demo's width 96"),
+    ):
+        ratio = page.case("overhead", case)["ratio"]
+        assert f"{ratio[1]:.2f} {words}" in readme
