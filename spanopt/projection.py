@@ -321,7 +321,7 @@ def _project(
 
 
 def _matrices(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return x as (matrices, N, d), contiguous at best, with zeros for masked tokens."""
+    """Return x as (matrices, N, d), with zeros for masked tokens; it may be a view of x."""
     shape = x.shape[:-2].numel(), *x.shape[-2:]
     if mask is None:  # a copy, if it takes one, saves one in each product
         return x.to(dtype).reshape(shape)
