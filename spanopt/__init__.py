@@ -1,6 +1,7 @@
 """Span-scaled attention gradients for any PyTorch optimizer and any transformer."""
 
-from spanopt.attach import SpanHooks, UnscaledLayerError, attach
+from spanopt.errors import UnscaledLayerError
+from spanopt.hooks import SpanHooks, attach
 from spanopt.monitor import SpanMonitor
 from spanopt.node import span_node
 from spanopt.optimizer import SpanScaledOptimizer

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spanopt.attach import aligned, attach, described
+from spanopt.hooks import attach
 from spanopt.scale import SpanScale
 from spanopt.sites import AttentionSite, find_attention, unwrap
+from spanopt.table import aligned, described
 
 __all__ = ["InspectedLayer", "Inspection", "guess_inputs", "inspect_model"]
 
@@ -228,7 +229,7 @@ def _why_missed(has_run: bool) -> str:
         return "it did not run in this forward pass"
     return (
         "it called no attention that can be seen (flex_attention or another kernel?); pass "
-        "projections={...}"
+        "qk_modules={...}"
     )
 
 

@@ -72,7 +72,7 @@ class SpanMonitor:
         Their Frobenius norms.
     ``entropy``
         Of a query's attention weights, in nats, mean over queries; on the query side only, and
-        ``None`` where attention can't be seen (``projections=``).
+        ``None`` where attention can't be seen (``qk_modules=``).
 
     Args:
         optimizer: A wrapped optimizer. The monitor is told of its steps until :meth:`close`.

@@ -5,13 +5,16 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spanopt.attach import ProjectionLike, Rules, SpanHooks, attach, plan
-from spanopt.scale import ScaleLike, SpanGroup, SpanScale, scales_of
+from spanopt.checkpoint import extended, take_parameters, take_scales
+from spanopt.hooks import SpanHooks, install
+from spanopt.plan import ProjectionLike, QKModules, Request, Scales, plan, refuse_unknown
+from spanopt.scale import SpanGroup, SpanScale
 from spanopt.taps.tap import remove_stale
 
 __all__ = ["SpanScaledOptimizer"]
@@ -63,7 +66,7 @@ class SpanScaledOptimizer(Optimizer):
         ridge: As in :func:`~spanopt.project`.
         on_missing: What to do when a backward pass has run since the last step in which a layer
             that was asked for was not scaled: ``"error"``, ``"warn"`` or ``"ignore"``.
-        projections: Where Q and K are in layers whose attention can't be seen: see
+        qk_modules: Where Q and K are in layers whose attention can't be seen: see
             :func:`~spanopt.attach`.
         example_inputs: Inputs for a forward pass that checks, before anything is trained, what
             only a forward pass can tell: see :func:`~spanopt.attach`.
@@ -101,14 +104,22 @@ class SpanScaledOptimizer(Optimizer):
         self,
         optimizer: Optimizer,
         model: nn.Module,
-        scales: Mapping[str, ScaleLike | None] | SpanScale | None = None,
+        scales: Scales = None,
         *,
         ridge: float | None = None,
         on_missing: str = "error",
-        projections: Mapping[str, Mapping[str, Any]] | None = None,
+        qk_modules: QKModules = None,
         example_inputs: Any = None,
         projection: ProjectionLike = "span",
         preserve_norm: bool | Mapping[str, bool] = False,
+        **unknown: NoReturn,
+    ) -> None:
+        refuse_unknown(type(self).__name__, unknown)
+        request = Request(scales, ridge, on_missing, qk_modules, projection, preserve_norm)
+        self._wrap(optimizer, model, request, example_inputs)
+
+    def _wrap(
+        self, optimizer: Optimizer, model: nn.Module, request: Request, example_inputs: Any = None
     ) -> None:
         # Optimizer.__init__ would make parameter groups and a state of our own.
         missing = [name for name in _INTERFACE if not hasattr(optimizer, name)]
@@ -117,43 +128,24 @@ class SpanScaledOptimizer(Optimizer):
                 f"the optimizer must have the interface of torch.optim.Optimizer, got "
                 f"{type(optimizer).__name__} without {', '.join(missing)}"
             )
-        rules = Rules(ridge, projection, preserve_norm)
-        self._adopt(optimizer, model, scales, rules, on_missing, projections)
-        self.hooks: SpanHooks = attach(
-            model,
-            scales,
-            ridge=ridge,
-            on_missing=on_missing,
-            projections=projections,
-            example_inputs=example_inputs,
-            parameters=self._parameters(),
-            projection=projection,
-            preserve_norm=preserve_norm,
+        self._adopt(optimizer, model, request)
+        self.hooks: SpanHooks = install(
+            model, request, example_inputs=example_inputs, parameters=self._parameters()
         )
         # A wrapper that is dropped, as when a notebook cell runs again, leaves the model clean.
         weakref.finalize(self, self.hooks.remove)
 
-    def _adopt(
-        self,
-        optimizer: Optimizer,
-        model: nn.Module,
-        scales: Mapping[str, ScaleLike | None] | SpanScale | None,
-        rules: Rules,
-        on_missing: str,
-        projections: Mapping[str, Mapping[str, Any]] | None,
-    ) -> None:
+    def _adopt(self, optimizer: Optimizer, model: nn.Module, request: Request) -> None:
+        """Set the attributes that a wrapper has whether or not it is attached."""
         self.optimizer = optimizer
         self.model = model
-        self._scales = scales
-        self._rules = rules
-        self._on_missing = on_missing
-        self._projections = projections
+        self._request = request
         self._marks: dict[int, tuple[Any, int]] = {}
         for hooks in _HOOK_TABLES:
             setattr(self, hooks, OrderedDict())
 
     def _unhook(self) -> None:
-        self.hooks = SpanHooks(self._on_missing)
+        self.hooks = SpanHooks(self._request.on_missing)
 
     @property
     def _attached(self) -> bool:
@@ -244,7 +236,11 @@ class SpanScaledOptimizer(Optimizer):
 
     def _check_seen(self) -> None:
         remove_stale()
-        if self._on_missing != "ignore" and self.hooks.unseen() and self._backward_has_run():
+        if (
+            self._request.on_missing != "ignore"
+            and self.hooks.unseen()
+            and self._backward_has_run()
+        ):
             self.hooks.check()
 
     def _backward_has_run(self) -> bool:
@@ -312,23 +308,19 @@ class SpanScaledOptimizer(Optimizer):
             if not isinstance(given, (Tensor, set)):
                 given = param_group["params"] = list(given)
             new = [given] if isinstance(given, Tensor) else list(given)
+            # Parameters may come with their names.
+            added = [x[1] if isinstance(x, tuple) else x for x in new]
             planned = plan(
                 self.model,
-                self._scales,
-                self._projections,
-                rules=self._rules,
-                # Parameters may come with their names.
-                parameters=[
-                    *self._parameters(),
-                    *(x[1] if isinstance(x, tuple) else x for x in new),
-                ],
-                hooks=self.hooks,
+                self._request,
+                parameters=[*self._parameters(), *added],
+                hooked=self.hooks.sites,
             )
             self.hooks.add(planned)
             try:
                 self.optimizer.add_param_group(param_group)
             except BaseException:
-                self.hooks.drop(site.module for site in planned.sites)
+                self.hooks.drop(layer.site.module for layer in planned)
                 raise
             present = set(self.model.modules())
             self.hooks.drop(s.module for s in [*self.hooks.sites] if s.module not in present)
@@ -358,10 +350,8 @@ class SpanScaledOptimizer(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = dict(self.optimizer.state_dict())
-        own = self.hooks.state_dict()["span_groups"]
-        if own:
-            state_dict["span_groups"] = [*state_dict.get("span_groups", []), *own]
-            state_dict["span_parameters"] = self._described()
+        if self.span_groups:
+            state_dict = extended(state_dict, self.span_groups, self.model, self.param_groups)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -392,10 +382,11 @@ class SpanScaledOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else dict(changed)
-        described = state_dict.pop("span_parameters", None)
-        scales = self._take_scales(state_dict)
-        if self._attached and described is not None:
-            self._check_described(described)
+        scales = {}
+        if self._attached:
+            nested = hasattr(self.optimizer, "span_groups")
+            scales = take_scales(state_dict, self.span_groups, nested=nested)
+        take_parameters(state_dict, self.model, self.param_groups, check=self._attached)
         before = {group["name"]: group.scale for group in self.span_groups}
         state, param_groups = self.optimizer.state, self.optimizer.param_groups
         try:
@@ -414,67 +405,6 @@ class SpanScaledOptimizer(Optimizer):
             raise
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _take_scales(self, state_dict: dict[str, Any]) -> dict[str, SpanScale]:
-        """Take this wrapper's entries out of a state dict, leaving those of a wrapper inside."""
-        if not self._attached or "span_groups" not in state_dict:
-            return {}
-        saved = state_dict.pop("span_groups")
-        entries = scales_of(saved)
-        names = [group["name"] for group in self.span_groups]
-        absent = [name for name in names if name not in entries]
-        own = {name: entries.pop(name) for name in names if name in entries}
-        if entries and hasattr(self.optimizer, "span_groups"):
-            state_dict["span_groups"] = [group for group in saved if group["name"] in entries]
-        elif entries or absent:
-            raise ValueError(
-                "the checkpoint's attention layers are not this model's: "
-                f"only in the checkpoint: {sorted(entries)}; only in the model: {absent}. Remove "
-                "'span_groups' from the state dict to load the optimizer's state alone"
-            )
-        return own
-
-    def _described(self) -> list[list[list[Any]]]:
-        """Return name and shape of each parameter of each group."""
-        names = {
-            id(parameter): name
-            for name, parameter in self.model.named_parameters(remove_duplicate=False)
-        }
-        return [
-            [[names.get(id(p), "not in the model"), list(p.shape)] for p in group["params"]]
-            for group in self.param_groups
-        ]
-
-    def _check_described(self, saved: Any) -> None:
-        here = self._described()
-        try:
-            saved = [[(str(name), list(shape)) for name, shape in group] for group in saved]
-        except (TypeError, ValueError) as error:
-            raise ValueError("'span_parameters' is not what state_dict() saves") from error
-        # By position, as the optimizer loads: names change with wrappers of the model.
-        shapes, own = ([[x[1] for x in group] for group in groups] for groups in (saved, here))
-        if shapes == own:
-            return
-        was, is_ = (
-            {name: shape for group in groups for name, shape in group} for groups in (saved, here)
-        )
-        lines = [f"{name}: only in the checkpoint, {was[name]}" for name in was if name not in is_]
-        lines += [f"{name}: only in the model, {is_[name]}" for name in is_ if name not in was]
-        lines += [
-            f"{name}: {was[name]} in the checkpoint, {is_[name]} in the model"
-            for name in was
-            if name in is_ and was[name] != is_[name]
-        ]
-        sizes = [[len(group) for group in groups] for groups in (saved, here)]
-        if not lines:
-            lines = [
-                f"parameters by group: {sizes[0]} in the checkpoint, {sizes[1]} in the optimizer"
-            ]
-        more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
-        raise ValueError(
-            "the checkpoint is of another model or of other parameter groups: "
-            + "; ".join([*lines[:10], *more])
-        )
 
     def detach(self) -> Optimizer:
         """Take the hooks off the model.
@@ -509,26 +439,19 @@ class SpanScaledOptimizer(Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        scales: Any = {} if self._scales is None else self._scales
+        scales: Any = {} if self._request.scales is None else self._request.scales
         scales = scales if isinstance(scales, Mapping) else {"*": scales}
+        now = {group["name"]: group.scale for group in self.span_groups}
         return {
             "optimizer": self.optimizer,
             "model": self.model,
-            "scales": {
-                **(scales or {"*": SpanScale()}),
-                **{group["name"]: group.scale for group in self.span_groups},
-            },
-            "rules": self._rules,
-            "on_missing": self._on_missing,
-            "projections": self._projections,
+            "request": replace(self._request, scales={**(scales or {"*": SpanScale()}), **now}),
             "attached": self._attached,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        attached = state.pop("attached")
-        if attached:
-            rules = state.pop("rules")
-            self.__init__(**state, **vars(rules))  # type: ignore[misc]
+        if state.pop("attached"):
+            self._wrap(**state)
         else:
             self._adopt(**state)
             self._unhook()

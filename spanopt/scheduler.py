@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from spanopt.attach import SpanHooks
+from spanopt.hooks import SpanHooks
 from spanopt.scale import Factor, ScaleLike, SpanGroup, SpanScale, matching, scales_of
 
 __all__ = ["Schedule", "SpanScheduler", "chained", "constant", "cosine", "linear", "piecewise"]

@@ -643,7 +643,7 @@ def a_named_projection_that_is_split_is_an_error(output):
     split_by_heads(model, mesh, use_local_output=output == "local")
     before = whole(model)
     named = {"blocks.*.attn": {"query": "q_proj", "key": "k_proj", "num_heads": 4}}
-    optimizer = SpanScaledOptimizer(sgd(model.parameters()), model, SCALE, projections=named)
+    optimizer = SpanScaledOptimizer(sgd(model.parameters()), model, SCALE, qk_modules=named)
     message = {
         "local": rf"layer 'blocks\.0\.attn': 'q_proj' returns {16 // mesh.size()} of its 16",
         "dtensor": r"layer 'blocks\.0\.attn': q_proj is a DTensor",

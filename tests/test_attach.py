@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from spanopt import SpanScale, UnscaledLayerError, attach
+from spanopt import SpanScale, SpanScaledOptimizer, UnscaledLayerError, attach
 
 
 class Model(nn.Module):
@@ -532,3 +532,18 @@ def test_export_without_gradients_is_refused_too(model, x):
         pytest.raises(Exception, match="an exported program"),
     ):
         torch.export.export(model, (x,))
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["attach", "optimizer"])
+def test_the_old_name_of_an_argument_is_refused_with_the_new_one(model, wrapped):
+    def install(**arguments):
+        if not wrapped:
+            return attach(model, SpanScale(2.0), **arguments)
+        bare = torch.optim.SGD(model.parameters(), lr=0.1)
+        return SpanScaledOptimizer(bare, model, SpanScale(2.0), **arguments)
+
+    with pytest.raises(TypeError, match="no argument 'projections'; its name is now qk_modules"):
+        install(projections={})
+    with pytest.raises(TypeError, match=r"no argument 'rigde'$"):
+        install(rigde=0.1)
+    install(qk_modules={})

@@ -97,7 +97,7 @@ def test_json_says_what_would_be_missed_and_why(capsys):
     ]
     missed = [x["missed"] for x in found["layers"]]
     assert missed[0] is missed[2] is None
-    assert "projections" in missed[1]
+    assert "qk_modules" in missed[1]
 
 
 def test_a_layer_that_does_not_run_is_named():

@@ -165,7 +165,7 @@ def test_every_tap_measures_the_same(need_weights):
     a = one_step(packed, lambda: call(x).pow(2).sum(), {"*": (2.0, 1.0)})
     spec = {"": {"query": "wq", "key": "wk", "num_heads": H}}
     optimizer = SpanScaledOptimizer(
-        torch.optim.SGD(named.parameters()), named, {"*": (2.0, 1.0)}, projections=spec
+        torch.optim.SGD(named.parameters()), named, {"*": (2.0, 1.0)}, qk_modules=spec
     )
     with SpanMonitor(optimizer) as b:
         named(x).pow(2).sum().backward()

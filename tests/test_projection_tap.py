@@ -140,7 +140,7 @@ MAP = {"query": "wq", "key": "wk", "num_heads": HEADS}
 
 
 def case(arrangement, layout, kv_heads):
-    """Return a class of layers and its entry of ``projections``."""
+    """Return a class of layers and its entry of ``qk_modules``."""
     fused, spec = ARRANGEMENTS[arrangement]
     layer = functools.partial(Attention, kv_heads=kv_heads, fused=fused, layout=layout)
     spec = {**spec, "num_heads": HEADS}
@@ -190,7 +190,7 @@ def test_gradients_are_the_oracles(arrangement, layout, kv_heads):
     model, batch = decoder(layer), tokens()
     before, plain = model(batch), train_step(model, batch)
     expected = train_step(model, batch, {f"blocks.{i}.attn": SCALES for i in range(2)})
-    with attach(model, SCALE, projections={"blocks.*.attn": spec}) as hooks:
+    with attach(model, SCALE, qk_modules={"blocks.*.attn": spec}) as hooks:
         assert torch.equal(model(batch), before)
         assert_close(train_step(model, batch), expected)
         assert hooks.unseen() == []
@@ -218,14 +218,14 @@ def test_sides_and_heads_are_scaled_by_their_own(arrangement, layout, scales):
     layer, spec = case(arrangement, layout, 2)
     model, batch = decoder(layer, 1), tokens()
     expected = train_step(model, batch, {"blocks.0.attn": scales})
-    with attach(model, SpanScale(**scales), projections={"blocks.0.attn": spec}):
+    with attach(model, SpanScale(**scales), qk_modules={"blocks.0.attn": spec}):
         assert_close(train_step(model, batch), expected)
 
 
 def test_scales_of_one_leave_the_output_alone():
     layer = Attention()
     outputs = []
-    with attach(layer, SpanScale(1.0, 1.0), projections={"": MAP}):
+    with attach(layer, SpanScale(1.0, 1.0), qk_modules={"": MAP}):
         layer.wq.register_forward_hook(lambda module, args, result: outputs.append(result))
         layer(torch.randn(2, 9, WIDTH))
     assert outputs[0].grad_fn.name().startswith(("View", "Addmm"))
@@ -235,7 +235,7 @@ def test_scales_of_one_leave_the_output_alone():
 def test_any_number_of_batch_dimensions(shape):
     layer, x = Attention().double(), normal(*shape, WIDTH)
     expected = gradients(layer, layer.reference(x, **SCALES).pow(3).sum())
-    with attach(layer, SCALE, projections={"": MAP}):
+    with attach(layer, SCALE, qk_modules={"": MAP}):
         assert_close(gradients(layer, layer(x).pow(3).sum()), expected)
 
 
@@ -246,7 +246,7 @@ def test_the_scaled_optimizer_takes_projections_and_lets_go_of_them():
     model.zero_grad()
     bare = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = SpanScaledOptimizer(
-        bare, model, SCALE, projections={"blocks.*.attn": MAP}, example_inputs=(batch,)
+        bare, model, SCALE, qk_modules={"blocks.*.attn": MAP}, example_inputs=(batch,)
     )
     assert "projection" in repr(optimizer)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -262,7 +262,7 @@ def test_the_scaled_optimizer_takes_projections_and_lets_go_of_them():
 def test_removal_takes_everything_off():
     model = decoder()
     before = snapshot(model)
-    hooks = attach(model, SpanScale(2.0, 1.0), projections={"blocks.*.attn": MAP})
+    hooks = attach(model, SpanScale(2.0, 1.0), qk_modules={"blocks.*.attn": MAP})
     assert snapshot(model) != before
     hooks.remove()
     assert snapshot(model) == before
@@ -274,7 +274,7 @@ def test_equal_scales_project_nothing(factor):
 
     def flops(scale):
         with (
-            attach(model, scale, projections={"blocks.*.attn": MAP}),
+            attach(model, scale, qk_modules={"blocks.*.attn": MAP}),
             FlopCounterMode(display=False) as counter,
         ):
             grads = train_step(model, batch)
@@ -291,7 +291,7 @@ def test_without_violation_the_projection_is_all_there_is():
     model, batch = decoder(), tokens()
     grads = []
     for violation in (0.0, 1e-13):
-        with attach(model, SpanScale(2.0, violation), projections={"blocks.*.attn": MAP}):
+        with attach(model, SpanScale(2.0, violation), qk_modules={"blocks.*.attn": MAP}):
             grads.append(train_step(model, batch))
     assert_close(*grads, 1e-9)
 
@@ -300,11 +300,11 @@ def test_without_violation_the_projection_is_all_there_is():
 def test_a_copy_is_not_scaled_and_can_be(pickled):
     model, batch = decoder(), tokens()
     plain = train_step(model, batch)
-    with attach(model, SCALE, projections={"blocks.*.attn": MAP}):
+    with attach(model, SCALE, qk_modules={"blocks.*.attn": MAP}):
         scaled = train_step(model, batch)
         twin = pickle.loads(pickle.dumps(model)) if pickled else copy.deepcopy(model)
         assert_close(train_step(twin, batch), plain, 1e-14)
-        with attach(twin, SCALE, projections={"blocks.*.attn": MAP}):
+        with attach(twin, SCALE, qk_modules={"blocks.*.attn": MAP}):
             assert_close(train_step(twin, batch), scaled, 1e-14)
         assert_close(train_step(model, batch), scaled, 1e-14)
     assert not any(module._forward_hooks for module in twin.modules())
@@ -326,7 +326,7 @@ def test_no_tensor_is_saved_that_the_kernel_does_not_save(how, monkeypatch):
             return x
 
         with (
-            attach(model, scale, projections={"blocks.*.attn": spec}),
+            attach(model, scale, qk_modules={"blocks.*.attn": spec}),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
         ):
             model(batch)
@@ -364,7 +364,7 @@ def test_padding_and_documents_are_those_of_token_mask(how):
             if number > 0
         )
 
-    with attach(layer, SCALE, projections={"": spec}):
+    with attach(layer, SCALE, qk_modules={"": spec}):
         inputs = x, documents > 0, same
         expected = each_alone(documents)
         with token_mask(documents):
@@ -391,7 +391,7 @@ def test_a_layer_that_another_tap_sees_into_is_scaled_once(name, kv_heads):
     spec = {"query": f"{inside}q_proj", "key": f"{inside}k_proj"}
     spec |= {"num_heads": 4, "num_kv_heads": kv_heads}
     expected = train_step(model, batch, {"blocks.0.attn": SCALES})
-    with attach(model, SCALE, projections={name: spec}) as hooks:
+    with attach(model, SCALE, qk_modules={name: spec}) as hooks:
         assert [(site.name, site.tap) for site in hooks.sites] == [(name, "projection")]
         assert_close(train_step(model, batch), expected)
 
@@ -410,14 +410,14 @@ def test_layers_that_no_map_names_are_scaled_as_ever():
 
     model, x = Both().double(), normal(2, 9, WIDTH)
     expected = gradients(model, model.reference(x).pow(3).sum())
-    with attach(model, SCALE, projections={"unseen": MAP}) as hooks:
+    with attach(model, SCALE, qk_modules={"unseen": MAP}) as hooks:
         assert_close(gradients(model, model(x).pow(3).sum()), expected)
         assert [(site.name, site.tap) for site in hooks.sites] == [
             ("seen", "score"),
             ("unseen", "projection"),
         ]
     one = {"unseen": None, "seen": SCALE}
-    with attach(model, one, projections={"unseen": MAP}):
+    with attach(model, one, qk_modules={"unseen": MAP}):
         expected = model.unseen(model.seen.reference(x, **SCALES)).pow(3).sum()
         assert_close(gradients(model, model(x).pow(3).sum()), gradients(model, expected))
 
@@ -429,7 +429,7 @@ def test_a_projection_that_two_layers_share_is_scaled_by_each_layers_own():
     scales = {"blocks.0.attn": SCALES, "blocks.1.attn": {"query": (4.0, 1.0), "key": (1.0, 1.0)}}
     expected = train_step(model, batch, scales)
     scale = {name: SpanScale(**sides) for name, sides in scales.items()}
-    with attach(model, scale, projections={"blocks.*.attn": MAP}):
+    with attach(model, scale, qk_modules={"blocks.*.attn": MAP}):
         assert_close(train_step(model, batch), expected)
 
 
@@ -437,7 +437,7 @@ def test_a_projection_called_outside_its_layer_is_left_alone():
     layer, x = Attention().double(), normal(2, 9, WIDTH)
     plain = gradients(layer, layer.wq(x).pow(3).sum())
     expected = gradients(layer, (layer.reference(x, **SCALES) + layer.wq(x)).pow(3).sum())
-    with attach(layer, SCALE, projections={"": MAP}):
+    with attach(layer, SCALE, qk_modules={"": MAP}):
         assert_close(gradients(layer, layer.wq(x).pow(3).sum()), plain, 1e-14)
         assert_close(gradients(layer, (layer(x) + layer.wq(x)).pow(3).sum()), expected)
 
@@ -446,7 +446,7 @@ def test_a_layer_called_twice_is_scaled_on_each_calls_own():
     layer, x = Attention().double(), normal(2, 9, WIDTH)
     reference = layer.reference(layer.reference(x, **SCALES), **SCALES)
     expected = gradients(layer, reference.pow(3).sum())
-    with attach(layer, SCALE, projections={"": MAP}):
+    with attach(layer, SCALE, qk_modules={"": MAP}):
         assert_close(gradients(layer, layer(layer(x)).pow(3).sum()), expected)
 
 
@@ -457,7 +457,7 @@ def test_after_an_interrupt_a_projection_that_runs_elsewhere_is_left_alone():
     def interrupt(module, args):
         raise KeyboardInterrupt
 
-    with attach(layer, SCALE, projections={"": MAP}):
+    with attach(layer, SCALE, qk_modules={"": MAP}):
         handle = layer.wk.register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             layer(x)
@@ -489,7 +489,7 @@ class Positions(Attention):
 def test_the_gradient_of_what_is_added_to_a_projection_is_left_alone():
     layer, x = Positions().double(), normal(2, 9, WIDTH)
     expected = gradients(layer, layer.reference(x, (3.0, 0.5)).pow(3).sum())
-    with attach(layer, SpanScale(1.0, 1.0, key=(3.0, 0.5)), projections={"": MAP}):
+    with attach(layer, SpanScale(1.0, 1.0, key=(3.0, 0.5)), qk_modules={"": MAP}):
         assert_close(gradients(layer, layer(x).pow(3).sum()), expected)
 
 
@@ -510,7 +510,7 @@ def test_one_module_for_queries_and_keys_is_scaled_on_each_side_by_its_own_or_re
     expected = gradients(layer, layer.reference(x, **SCALES).pow(3).sum())
     spec = {"query": "wq", "key": "wq", "num_heads": HEADS}
     try:
-        hooks = attach(layer, SCALE, projections={"": spec})
+        hooks = attach(layer, SCALE, qk_modules={"": spec})
     except ValueError as error:
         assert "'wq'" in str(error)  # noqa: PT017
     else:
@@ -562,7 +562,7 @@ def test_a_change_in_place_is_an_error_that_says_what_to_write(how, fused):
     plain = gradients(model, model(x).pow(3).sum())
     spec = {"qkv": "wqkv", "num_heads": HEADS} if fused else MAP
     message = r"layer '0' changes the output of a projection in place.* q = q \* scale"
-    with attach(model, SCALE, projections={"0": spec}):
+    with attach(model, SCALE, qk_modules={"0": spec}):
         with pytest.raises(RuntimeError, match=message):
             model(x)
     assert_close(gradients(model, model(x).pow(3).sum()), plain, 1e-14)
@@ -612,11 +612,11 @@ def test_an_output_that_does_not_fit_is_an_error_at_the_first_forward(change):
     model, x = nn.Sequential(Attention()).double(), normal(2, 9, WIDTH)
     model[0].wq = Changed(model[0].wq, change)
     before = snapshot(model)
-    with attach(model, SpanScale(2.0, 1.0), projections={"0": MAP}):
+    with attach(model, SpanScale(2.0, 1.0), qk_modules={"0": MAP}):
         with pytest.raises(error, match=message):
             model(x)
     with pytest.raises(error, match=message):
-        attach(model, SpanScale(2.0, 1.0), projections={"0": MAP}, example_inputs=x)
+        attach(model, SpanScale(2.0, 1.0), qk_modules={"0": MAP}, example_inputs=x)
     assert snapshot(model) == before
 
 
@@ -624,7 +624,7 @@ def test_keys_of_another_head_dimension_are_an_error_at_the_first_forward_at_the
     model = nn.Sequential(Attention(kv_heads=2)).double()
     with pytest.raises(ValueError, match=r"layer '0'.* 4 .* 2; check num_heads and num_kv_heads"):
         attach(
-            model, SpanScale(2.0, 1.0), projections={"0": MAP}, example_inputs=normal(2, 9, WIDTH)
+            model, SpanScale(2.0, 1.0), qk_modules={"0": MAP}, example_inputs=normal(2, 9, WIDTH)
         )
 
 
@@ -632,13 +632,13 @@ def test_a_wrong_number_of_per_head_values_is_an_error():
     model = nn.Sequential(Attention(kv_heads=2)).double()
     spec, scale = {**MAP, "num_kv_heads": 2}, SpanScale(query=([1, 2], 1), key=(2.0, 1.0))
     with pytest.raises(ValueError, match=r"layer '0': 2 per-head values .* has 4 heads"):
-        attach(model, scale, projections={"0": spec}, example_inputs=normal(2, 9, WIDTH))
+        attach(model, scale, qk_modules={"0": spec}, example_inputs=normal(2, 9, WIDTH))
 
 
-HERE = r"projections\['blocks.0.attn'\]"
+HERE = r"qk_modules\['blocks.0.attn'\]"
 ONE = "blocks.0.attn"
 WRONG = {
-    "no dict": ([MAP], TypeError, "projections must be a dict from layer names"),
+    "no dict": ([MAP], TypeError, "qk_modules must be a dict from layer names"),
     "no dict inside": ({ONE: "wq"}, TypeError, rf"{HERE} must be a dict .*, got str"),
     "unknown field": ({ONE: {**MAP, "heads": 4}}, ValueError, rf"{HERE}.*'heads'"),
     "no number of heads": (
@@ -707,9 +707,9 @@ def test_a_wrong_map_is_an_error_that_installs_nothing(wrong, wrapped):
             SpanScaledOptimizer, torch.optim.SGD(model.parameters(), lr=0.1)
         )
     with pytest.raises(error, match=message):
-        install(model, projections=projections)
+        install(model, qk_modules=projections)
     assert snapshot(model) == before
-    attach(model, SpanScale(2.0, 1.0), projections={"blocks.*.attn": MAP}).remove()
+    attach(model, SpanScale(2.0, 1.0), qk_modules={"blocks.*.attn": MAP}).remove()
 
 
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
@@ -717,13 +717,13 @@ def test_fused_sizes_that_do_not_divide_are_an_error(layout):
     model = nn.Sequential(Attention(fused="wqkv"))  # 48 features
     spec = {"qkv": "wqkv", "num_heads": 4, "num_kv_heads": 1, "layout": layout}
     with attach(
-        model, SpanScale(2.0, 1.0), projections={"0": spec}
+        model, SpanScale(2.0, 1.0), qk_modules={"0": spec}
     ):  # 6 heads of 8: only the layer could tell
         pass
     spec |= {"num_heads": 5}
     message = r"layer '0': 'wqkv' has 48 output features, which do not divide into the 7 heads"
     with pytest.raises(ValueError, match=message):
-        attach(model, SpanScale(2.0, 1.0), projections={"0": spec})
+        attach(model, SpanScale(2.0, 1.0), qk_modules={"0": spec})
 
 
 # Without a map.
@@ -743,7 +743,7 @@ class Unnamed(Attention):
 
 
 def test_without_a_map_the_error_says_how_to_write_one():
-    message = r"layers 'blocks.0.attn' .*'blocks.1.attn' .*projections=\{layer: \{'query': "
+    message = r"layers 'blocks.0.attn' .*'blocks.1.attn' .*qk_modules=\{layer: \{'query': "
     model, batch = decoder(), tokens()
     with attach(model, SpanScale(2.0, 1.0)), pytest.raises(UnscaledLayerError, match=message):
         model(batch)
@@ -751,10 +751,10 @@ def test_without_a_map_the_error_says_how_to_write_one():
         attach(model, SpanScale(2.0, 1.0), example_inputs=(batch,))
     unnamed = nn.Sequential(Unnamed())
     assert find_attention(unnamed) == []
-    with pytest.raises(ValueError, match=r"no attention layer .*projections=\{layer: "):
+    with pytest.raises(ValueError, match=r"no attention layer .*qk_modules=\{layer: "):
         attach(unnamed, SpanScale(2.0, 1.0))
     with attach(
-        unnamed, SpanScale(2.0, 1.0), projections={"0": {"query": "a", "key": "b", "num_heads": 4}}
+        unnamed, SpanScale(2.0, 1.0), qk_modules={"0": {"query": "a", "key": "b", "num_heads": 4}}
     ) as hooks:
         unnamed(torch.randn(2, 9, WIDTH)).sum().backward()
         assert hooks.unseen() == []
@@ -777,12 +777,12 @@ def test_a_function_with_its_own_backward_is_seen_into_by_no_tap_either(monkeypa
     monkeypatch.setattr("test_projection_tap.kernel", _Attend.apply)
     model, batch = decoder(), tokens()
     optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, SCALE)
-    with pytest.raises(UnscaledLayerError, match=r"'blocks.0.attn'.*projections="):  # noqa: PT012
+    with pytest.raises(UnscaledLayerError, match=r"'blocks.0.attn'.*qk_modules="):  # noqa: PT012
         loss_of(model(batch), batch).backward()  # at the forward pass or at the step
         optimizer.step()
     optimizer.detach()
     expected = train_step(model, batch, {f"blocks.{i}.attn": SCALES for i in range(2)})
-    with attach(model, SCALE, projections={"blocks.*.attn": MAP}):
+    with attach(model, SCALE, qk_modules={"blocks.*.attn": MAP}):
         assert_close(train_step(model, batch), expected)
 
 
@@ -794,10 +794,10 @@ class Flex(Attention):
 def test_flex_attention_is_an_error_that_names_the_projection_tap():
     # Without gradients, as on a CPU it has no backward.
     model, x = nn.Sequential(Flex()).requires_grad_(False), torch.randn(2, 9, WIDTH)
-    message = r"'0' \(Flex\).* flex_attention .*projections=\{layer: "
+    message = r"'0' \(Flex\).* flex_attention .*qk_modules=\{layer: "
     with pytest.raises(UnscaledLayerError, match=message):
         attach(model, SpanScale(2.0, 1.0), example_inputs=x)
-    with attach(model, SpanScale(2.0, 1.0), projections={"0": MAP}, example_inputs=x) as hooks:
+    with attach(model, SpanScale(2.0, 1.0), qk_modules={"0": MAP}, example_inputs=x) as hooks:
         assert hooks.sites[0].tap == "projection"
 
 
@@ -821,7 +821,7 @@ def test_compiled_in_one_graph_the_gradients_equal_eager_ones(how, bias):
     torch.compiler.reset()
     model, x = Model().double(), normal(2, 9, WIDTH)
     inputs = (x, normal(9, 9)) if bias else (x,)
-    with attach(model, SCALE, projections={"attn": case(*how)[1]}) as hooks:
+    with attach(model, SCALE, qk_modules={"attn": case(*how)[1]}) as hooks:
         expected = gradients(model, model(*inputs).sum())
         hooks.forget()
         run = torch.compile(model, fullgraph=True, backend="aot_eager")

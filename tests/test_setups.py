@@ -284,7 +284,7 @@ def test_the_projection_tap_takes_the_setups_of_one_side(name):
     layer, x = build("softmax"), torch.randn(3, 9, WIDTH, dtype=torch.float64)
     reference = gradients(layer, layer(x, hook=oracle_hook(name, True)).pow(3).sum())
     spec = {"": {"query": "q_proj", "key": "k_proj", "num_heads": HEADS}}
-    options = {"projections": spec, "preserve_norm": True}
+    options = {"qk_modules": spec, "preserve_norm": True}
     with attach(layer, SpanScale(A, B), projection=name, **options):
         assert_same(gradients(layer, layer(x).pow(3).sum()), reference)
     with pytest.raises(ValueError, match="layer '': the projection 'cross' needs queries and keys"):

@@ -1076,7 +1076,7 @@ def test_a_mask_of_another_size_is_an_error_in_the_layer(kind, rows, length, sid
         mask[:, 4:] = 2
     message = rf"layer 'layers.0.attn': .* {rows} x {length} tokens, .* {side} has"
     masks = {"*": (mask, None) if side == "query" else (None, mask)}
-    with attach(model, SCALE, projections=projections), token_mask(masks):
+    with attach(model, SCALE, qk_modules=projections), token_mask(masks):
         with pytest.raises(ValueError, match=message):
             model(x)
 
@@ -1119,7 +1119,7 @@ def each_document(model, x, documents):
 def test_each_document_gets_the_gradients_that_it_has_alone(kind, scale):
     model, x = Model(KINDS.get(kind, Attention), 1).double(), normal(3, 16, WIDTH)
     projections = PROJECTIONS if kind == "projections" else None
-    with attach(model, scale, projections=projections) as hooks:
+    with attach(model, scale, qk_modules=projections) as hooks:
         inputs = DOCUMENTS > 0, x, blocks(DOCUMENTS)
         expected = each_document(model, x, DOCUMENTS)
         with token_mask(DOCUMENTS.int()):
@@ -1140,7 +1140,7 @@ def test_each_document_gets_the_gradients_that_it_has_alone(kind, scale):
 )
 def test_documents_compiled(kind, backend, compiled):
     model, x = Model(KINDS.get(kind, Attention), 1).double(), normal(3, 16, WIDTH)
-    with attach(model, SCALE, projections=PROJECTIONS if kind == "projections" else None):
+    with attach(model, SCALE, qk_modules=PROJECTIONS if kind == "projections" else None):
         for documents in (DOCUMENTS, DOCUMENTS.flip(0)):
             expected = each_document(model, x, documents)
             with token_mask(documents):

@@ -6,6 +6,7 @@ hooks take the place of spanopt, and one that resumes from a checkpoint with one
 
 import copy
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -29,8 +30,8 @@ from torch.utils.data import DataLoader
 
 import spanopt.integrations.lightning
 import spanopt.integrations.transformers
-from spanopt import SpanScale, SpanScaledOptimizer, SpanScheduler, UnscaledLayerError
-from spanopt.integrations.attachment import Attachment
+from spanopt import SpanScale, SpanScaledOptimizer, SpanScheduler, UnscaledLayerError, attach
+from spanopt.integrations.run import Run
 from spanopt.scheduler import linear
 
 ROOT = Path(__file__).parent.parent
@@ -586,12 +587,44 @@ def test_the_lightning_callback_takes_one_optimizer_and_says_what_to_do_with_mor
 # The callbacks as code.
 
 
-@pytest.mark.parametrize("cls", [HFCallback, PLCallback, Attachment])
+@pytest.mark.parametrize("cls", [HFCallback, PLCallback, Run])
 def test_every_public_name_of_the_integrations_has_a_docstring_with_an_example(cls):
     members = [member for name, member in vars(cls).items() if not name.startswith("_")]
     for value in (cls, *filter(inspect.isfunction, members)):
         assert ">>> " in (inspect.getdoc(value) or ""), value
     assert all(inspect.getdoc(value) for value in members if isinstance(value, property))
+
+
+@pytest.mark.parametrize("cls", [HFCallback, PLCallback])
+def test_a_callback_takes_every_argument_of_attach(cls):
+    of_attach = inspect.signature(attach).parameters
+    own = inspect.signature(cls).parameters
+    assert set(of_attach) - set(own) == {"model"}
+    for name in set(of_attach) & set(own):
+        assert own[name].default == of_attach[name].default, name
+
+
+@pytest.mark.parametrize("cls", [HFCallback, PLCallback])
+def test_a_callback_refuses_an_argument_that_it_does_not_have(cls):
+    with pytest.raises(TypeError, match=r"no argument 'projections'; its name is now qk_modules"):
+        cls(SCALES, projections={})
+
+
+def test_a_trainers_callback_scales_by_the_setup_that_it_was_given(tmp_path):
+    callback = HFCallback(SCALES, projection="radial", preserve_norm=True)
+    kept = json.loads(json.dumps(callback.state()))["args"]
+    assert (kept["projection"], kept["preserve_norm"]) == ("radial", True)
+    again = HFCallback(**kept)
+    assert again.state() == callback.state()
+
+    def halved(grad, basis, other, *, ridge=None, mask=None):
+        return grad / 2
+
+    lost = HFCallback(
+        **json.loads(json.dumps(HFCallback(SCALES, projection=halved).state()))["args"]
+    )
+    with pytest.raises(ValueError, match=r"no projection is named .*halved"):
+        lost._run.begin(decoder(), steps=1)
 
 
 EXAMPLES = {

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 
-from spanopt.attach import SpanHooks
-from spanopt.integrations.attachment import Attachment, MakeSchedule, Scales
+from spanopt.hooks import SpanHooks
+from spanopt.integrations.run import MakeSchedule, Run
+from spanopt.plan import ProjectionLike, QKModules, Request, Scales, refuse_unknown
 from spanopt.scheduler import SpanScheduler
 
 __all__ = ["SpanScaledCallback"]
@@ -25,16 +27,26 @@ class SpanScaledCallback(Callback):
     ends, be it by an exception.
 
     Args:
-        scales: As in :class:`~spanopt.SpanScaledOptimizer`; names of layers are those in the
-            ``LightningModule``.
+        scales: Scales by layer name or pattern, or one :class:`~spanopt.SpanScale` for all layers.
+            Names of layers are those in the ``LightningModule``.
         schedule: From the number of optimizer steps in the run to a schedule, or schedules by
             layer, of a :class:`~spanopt.SpanScheduler`. It takes a step with the optimizer. The
             number is ``estimated_stepping_batches``, which in manual optimization takes a batch for
             a step.
-        ridge: As in :func:`~spanopt.project`.
+        ridge: Relative ridge of every projection; ``None`` for the dtype's default.
         on_missing: What to do when a layer that was asked for was not scaled since the last
             optimizer step: ``"error"``, before anything is updated, ``"warn"`` or ``"ignore"``.
-        projections: As in :func:`~spanopt.attach`.
+        qk_modules: Where Q and K are in layers whose attention can't be seen, by layer name or
+            pattern: ``{"blocks.0.attn": {"query": "wq", "key": "wk", "num_heads": 8}}``.
+        example_inputs: Inputs for one forward pass that checks the layers when training begins: a
+            tuple of positional arguments, a dict of keyword arguments, or one argument.
+        parameters: What will be trained. When given, a scaled layer that has trainable parameters
+            and none of them here is an error.
+        projection: What counts as the parallel part: the name of a setup of
+            :mod:`spanopt.setups` or a function of that kind, for all layers or by layer name or
+            pattern.
+        preserve_norm: Whether a rescaled gradient keeps its norm, for each sequence and head; for
+            all layers or by layer name or pattern.
 
     Raises:
         TypeError: A schedule that is no function. All else is checked when training starts.
@@ -55,11 +67,16 @@ class SpanScaledCallback(Callback):
         *,
         ridge: float | None = None,
         on_missing: str = "error",
-        projections: Mapping[str, Mapping[str, Any]] | None = None,
+        qk_modules: QKModules = None,
+        example_inputs: Any = None,
+        parameters: Iterable[Tensor] | None = None,
+        projection: ProjectionLike = "span",
+        preserve_norm: bool | Mapping[str, bool] = False,
+        **unknown: NoReturn,
     ) -> None:
-        self._attachment = Attachment(
-            scales, schedule, ridge=ridge, on_missing=on_missing, projections=projections
-        )
+        refuse_unknown(type(self).__name__, unknown)
+        request = Request(scales, ridge, on_missing, qk_modules, projection, preserve_norm)
+        self._run = Run(request, schedule, example_inputs=example_inputs, parameters=parameters)
         self._loaded: dict[str, Any] | None = None
         self._last: dict[str, Any] = {}
         self._handle: Any = None
@@ -67,12 +84,12 @@ class SpanScaledCallback(Callback):
     @property
     def hooks(self) -> SpanHooks | None:
         """The :class:`~spanopt.SpanHooks` on the module, while it trains."""
-        return self._attachment.hooks
+        return self._run.hooks
 
     @property
     def scheduler(self) -> SpanScheduler | None:
         """The :class:`~spanopt.SpanScheduler`, while it trains and if there is a schedule."""
-        return self._attachment.scheduler
+        return self._run.scheduler
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget a checkpoint that was loaded for another run, such as one of validation.
@@ -96,8 +113,9 @@ class SpanScaledCallback(Callback):
             pl_module: The module.
 
         Raises:
-            TypeError: As in :func:`~spanopt.attach`.
-            ValueError: As in :func:`~spanopt.attach`, more than one optimizer, or a checkpoint of
+            TypeError: An argument of the callback is of the wrong type.
+            ValueError: No attention layer, a key that matches none, a layer that is scaled already,
+                more than one optimizer, or a checkpoint of
                 other layers, or with a schedule when there is none here.
 
         Example:
@@ -111,10 +129,10 @@ class SpanScaledCallback(Callback):
                 "its layers, in configure_optimizers"
             )
         steps: Any = trainer.estimated_stepping_batches
-        self._attachment.begin(pl_module, steps, self._loaded)
+        self._run.begin(pl_module, steps, self._loaded)
         # Steps that a GradScaler skips don't count, and several in one batch all do.
         self._handle = trainer.optimizers[0].register_step_post_hook(
-            lambda *arguments: self._attachment.stepped()
+            lambda *arguments: self._run.stepped()
         )
 
     def on_before_optimizer_step(
@@ -134,7 +152,7 @@ class SpanScaledCallback(Callback):
             >>> callback = SpanScaledCallback({"*": (2.0, 1.0)})
             >>> Trainer(callbacks=[callback]).fit(module, data)  # doctest: +SKIP
         """
-        self._attachment.check()
+        self._run.check()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -176,7 +194,7 @@ class SpanScaledCallback(Callback):
             >>> SpanScaledCallback().state_dict()
             {}
         """
-        return self._attachment.state() or self._last
+        return self._run.state() or self._last
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the scales and the schedule of a checkpoint for the next run.
@@ -200,4 +218,4 @@ class SpanScaledCallback(Callback):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        self._attachment.end()
+        self._run.end()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
+from torch import Tensor
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from spanopt.attach import SpanHooks
-from spanopt.integrations.attachment import Attachment, MakeSchedule, Scales
+from spanopt.hooks import SpanHooks
+from spanopt.integrations.run import MakeSchedule, Run
+from spanopt.plan import ProjectionLike, QKModules, Request, Scales, refuse_unknown
 from spanopt.scale import SpanScale
 from spanopt.scheduler import SpanScheduler
 
@@ -28,13 +30,23 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
     ``schedule``: it makes callbacks anew from what a file can hold.
 
     Args:
-        scales: As in :class:`~spanopt.SpanScaledOptimizer`.
+        scales: Scales by layer name or pattern, or one :class:`~spanopt.SpanScale` for all layers.
         schedule: From the number of optimizer steps in the run to a schedule, or schedules by
             layer, of a :class:`~spanopt.SpanScheduler`. It takes a step with the optimizer.
-        ridge: As in :func:`~spanopt.project`.
+        ridge: Relative ridge of every projection; ``None`` for the dtype's default.
         on_missing: What to do when a layer that was asked for was not scaled since the last
             optimizer step: ``"error"``, before anything is updated, ``"warn"`` or ``"ignore"``.
-        projections: As in :func:`~spanopt.attach`.
+        qk_modules: Where Q and K are in layers whose attention can't be seen, by layer name or
+            pattern: ``{"blocks.0.attn": {"query": "wq", "key": "wk", "num_heads": 8}}``.
+        example_inputs: Inputs for one forward pass that checks the layers when training begins: a
+            tuple of positional arguments, a dict of keyword arguments, or one argument.
+        parameters: What will be trained. When given, a scaled layer that has trainable parameters
+            and none of them here is an error.
+        projection: What counts as the parallel part: the name of a setup of
+            :mod:`spanopt.setups` or a function of that kind, for all layers or by layer name or
+            pattern.
+        preserve_norm: Whether a rescaled gradient keeps its norm, for each sequence and head; for
+            all layers or by layer name or pattern.
 
     Raises:
         TypeError: A schedule that is no function. All else is checked when training begins.
@@ -58,23 +70,29 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
         *,
         ridge: float | None = None,
         on_missing: str = "error",
-        projections: Mapping[str, Mapping[str, Any]] | None = None,
+        qk_modules: QKModules = None,
+        example_inputs: Any = None,
+        parameters: Iterable[Tensor] | None = None,
+        projection: ProjectionLike = "span",
+        preserve_norm: bool | Mapping[str, bool] = False,
+        **unknown: NoReturn,
     ) -> None:
-        if projections is not None:
-            projections = {layer: dict(spec) for layer, spec in projections.items()}
-        self._attachment = Attachment(
-            scales, schedule, ridge=ridge, on_missing=on_missing, projections=projections
-        )
+        refuse_unknown(type(self).__name__, unknown)
+        # The Trainer keeps the dicts in its checkpoints: a later change must not reach them.
+        if isinstance(qk_modules, Mapping):
+            qk_modules = {layer: dict(spec) for layer, spec in qk_modules.items()}
+        request = Request(scales, ridge, on_missing, qk_modules, projection, preserve_norm)
+        self._run = Run(request, schedule, example_inputs=example_inputs, parameters=parameters)
 
     @property
     def hooks(self) -> SpanHooks | None:
         """The :class:`~spanopt.SpanHooks` on the model, while it trains."""
-        return self._attachment.hooks
+        return self._run.hooks
 
     @property
     def scheduler(self) -> SpanScheduler | None:
         """The :class:`~spanopt.SpanScheduler`, while it trains and if there is a schedule."""
-        return self._attachment.scheduler
+        return self._run.scheduler
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Install the hooks, and go on with the scales of the checkpoint that is resumed.
@@ -86,8 +104,9 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
             **kwargs: With the ``model``.
 
         Raises:
-            TypeError: As in :func:`~spanopt.attach`.
-            ValueError: As in :func:`~spanopt.attach`, a second callback of this class, or a
+            TypeError: An argument of the callback is of the wrong type.
+            ValueError: No attention layer, a key that matches none, a layer that is scaled already,
+                a second callback of this class, or a
                 checkpoint of other layers, or with a schedule when there is none here.
 
         Example:
@@ -108,7 +127,7 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
             )
         # At step 0 this is no checkpoint's, but what a run that failed has left.
         resumed = saved.get("attributes", {}).get("saved") if state.global_step else None
-        self._attachment.begin(kwargs["model"], state.max_steps, resumed)
+        self._run.begin(kwargs["model"], state.max_steps, resumed)
         # The Trainer saves no callback that the checkpoint it goes on from does not know.
         state.stateful_callbacks[name] = self.state()
 
@@ -127,7 +146,7 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
         Example:
             >>> SpanScaledCallback().on_pre_optimizer_step(None, None, None)
         """
-        self._attachment.check()
+        self._run.check()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the scales for the next step.
@@ -141,7 +160,7 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
         Example:
             >>> SpanScaledCallback().on_optimizer_step(None, None, None)
         """
-        self._attachment.stepped(getattr(kwargs.get("optimizer"), "step_was_skipped", False))
+        self._run.stepped(getattr(kwargs.get("optimizer"), "step_was_skipped", False))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks off the model.
@@ -168,8 +187,8 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
             3.0
         """
         return {
-            "args": {"scales": _plain(self._attachment.scales), **self._attachment.options},
-            "attributes": {"saved": self._attachment.state()},
+            "args": _plain(self._run.request),
+            "attributes": {"saved": self._run.state()},
         }
 
     def remove(self) -> None:
@@ -178,7 +197,7 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
         Example:
             >>> SpanScaledCallback().remove()
         """
-        self._attachment.end()
+        self._run.end()
 
     def __enter__(self) -> SpanScaledCallback:
         return self
@@ -187,11 +206,23 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
         self.remove()
 
 
-def _plain(scales: Scales) -> dict[str, Any] | None:
-    if scales is None:
-        return None
-    scales = {"*": scales} if isinstance(scales, SpanScale) else scales
-    return {
-        key: None if scale is None else SpanScale.of(scale).fields()
-        for key, scale in scales.items()
-    }
+def _plain(request: Request) -> dict[str, Any]:
+    """Return what was asked for as numbers, strings, lists, dicts and ``None``."""
+    scales: Any = request.scales
+    if scales is not None:
+        scales = {"*": scales} if isinstance(scales, SpanScale) else scales
+        scales = {
+            key: None if scale is None else SpanScale.of(scale).fields()
+            for key, scale in scales.items()
+        }
+    projection: Any = request.projection
+    if isinstance(projection, Mapping):
+        projection = {key: _name(value) for key, value in projection.items()}
+    else:
+        projection = _name(projection)
+    return {**vars(request), "scales": scales, "projection": projection}
+
+
+def _name(projection: Any) -> str:
+    """Return the name of a setup; that of a function is one that is refused when it is read."""
+    return projection if isinstance(projection, str) else f"the function {projection!r}"

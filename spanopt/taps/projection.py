@@ -65,12 +65,12 @@ class Projection:
         if features % (self.blocks * self.width):
             raise ValueError(
                 f"layer {layer!r}: {self.name!r} has {features} output features, which do not "
-                f"divide into the {self.blocks * self.width} heads that projections={{...}} says"
+                f"divide into the {self.blocks * self.width} heads that qk_modules={{...}} says"
             )
 
 
 def projections_of(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> list[Projection]:
-    """Read one entry of ``projections``.
+    """Read one entry of ``qk_modules``.
 
     Args:
         layer: Name of the layer.
@@ -98,14 +98,14 @@ def projections_of(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> li
     """
     if not isinstance(spec, Mapping):
         raise TypeError(
-            f"projections[{layer!r}] must be a dict such as "
+            f"qk_modules[{layer!r}] must be a dict such as "
             f'{{"query": "wq", "key": "wk", "num_heads": 8}}, got {type(spec).__name__}'
         )
     unknown = set(spec) - {*_PARTS, "num_heads", "num_kv_heads", "layout"}
     given = [part for part in _PARTS if part in spec]
     if unknown or set(given) not in ({"query", "key"}, {"qkv"}, {"qk"}, {"query", "kv"}):
         raise ValueError(
-            f"projections[{layer!r}] must name 'query' and 'key', or 'qkv', or 'qk', or 'query' "
+            f"qk_modules[{layer!r}] must name 'query' and 'key', or 'qkv', or 'qk', or 'query' "
             f"and 'kv', and 'num_heads', and may have 'num_kv_heads' and 'layout'; got "
             f"{sorted(map(str, spec))}"
         )
@@ -115,21 +115,19 @@ def projections_of(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> li
     for count in (heads, kv_heads):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(
-                f"projections[{layer!r}]: num_heads and num_kv_heads must be whole numbers of at "
+                f"qk_modules[{layer!r}]: num_heads and num_kv_heads must be whole numbers of at "
                 f"least 1, got {heads!r} and {kv_heads!r}"
             )
     if heads % kv_heads:
         raise ValueError(
-            f"projections[{layer!r}]: {heads} query heads do not divide into groups for "
+            f"qk_modules[{layer!r}]: {heads} query heads do not divide into groups for "
             f"{kv_heads} key heads"
         )
     if layout not in _LAYOUTS:
-        raise ValueError(
-            f"projections[{layer!r}]: layout must be one of {_LAYOUTS}, got {layout!r}"
-        )
+        raise ValueError(f"qk_modules[{layer!r}]: layout must be one of {_LAYOUTS}, got {layout!r}")
     if "key" in spec and spec["key"] == spec["query"]:
         raise ValueError(
-            f"projections[{layer!r}]: {spec['key']!r} is named as 'query' and as 'key': one tensor "
+            f"qk_modules[{layer!r}]: {spec['key']!r} is named as 'query' and as 'key': one tensor "
             "for both has one gradient, of which nothing tells the sides apart; write "
             "q = spanopt.span_node(q, parallel, violation) and the same for k in the layer instead"
         )
@@ -141,7 +139,7 @@ def projections_of(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> li
         except AttributeError as error:
             children = [child for child, _ in module.named_children()]
             raise ValueError(
-                f"projections[{layer!r}]: {part!r} names {name!r}, which the layer does not have; "
+                f"qk_modules[{layer!r}]: {part!r} names {name!r}, which the layer does not have; "
                 f"it has {children}"
             ) from error
         blocks = kv_heads if layout == "interleaved" and len(_PARTS[part]) > 1 else 1
@@ -160,7 +158,7 @@ def projections_of(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> li
 
 
 def owns_projections(module: nn.Module, spec: Mapping[str, Any]) -> bool:
-    """Return whether a module has the modules that one entry of ``projections`` names.
+    """Return whether a module has the modules that one entry of ``qk_modules`` names.
 
     Args:
         module: Any module.
@@ -191,7 +189,7 @@ class ProjectionTap(Tap):
         if method.setup in NEED_OTHER:
             raise ValueError(
                 f"layer {site.name!r}: the projection {method.setup!r} needs queries and keys at "
-                "once, which projections={...} shows one by one; give it projection='span'"
+                "once, which qk_modules={...} shows one by one; give it projection='span'"
             )
         self.projections = projections
         self._shapes: dict[str, torch.Size] = {}
@@ -282,7 +280,7 @@ class ProjectionTap(Tap):
         if query[-1] != key[-1]:
             raise ValueError(
                 f"layer {self.site.name!r}: the query's heads have {query[-1]} features and the "
-                f"key's {key[-1]}; check num_heads and num_kv_heads in projections={{...}}"
+                f"key's {key[-1]}; check num_heads and num_kv_heads in qk_modules={{...}}"
             )
         self.mark("projection", query[-3], key[-3], query[-1], (query[-2], key[-2]))
 

@@ -3,56 +3,63 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
-from spanopt.attach import SpanHooks, attach
-from spanopt.scale import ScaleLike, SpanScale
+from spanopt.hooks import SpanHooks, install
+from spanopt.plan import Request
 from spanopt.scheduler import Schedule, SpanScheduler
 
-__all__ = ["Attachment", "MakeSchedule", "Scales"]
+__all__ = ["MakeSchedule", "Run"]
 
-Scales: TypeAlias = "Mapping[str, ScaleLike | None] | SpanScale | None"
 MakeSchedule: TypeAlias = "Callable[[int], Schedule | Mapping[str, Schedule | None]]"
 """From the number of optimizer steps in a run to what a SpanScheduler takes."""
 
 
-class Attachment:
+class Run:
     """Hooks on a model, and a scheduler of their scales, from the begin of a run to its end.
 
     Args:
-        scales: As in :func:`~spanopt.attach`.
+        request: What to scale, and how.
         schedule: From the number of optimizer steps in the run to a schedule, or schedules by
-            layer, of a :class:`~spanopt.SpanScheduler`.
-        **options: Further arguments of :func:`~spanopt.attach`.
+            layer, of a :class:`~spanopt.SpanScheduler`. ``None`` leaves the scales as they are.
+        example_inputs: Inputs for one forward pass that checks the layers when the run begins.
+        parameters: What will be trained; ``None`` if that is not known.
 
     Attributes:
-        hooks: The :class:`~spanopt.SpanHooks` during a run.
+        request: What to scale, and how.
+        hooks: The :class:`~spanopt.SpanHooks` during a run, else ``None``.
         scheduler: The :class:`~spanopt.SpanScheduler`, with a schedule and during a run.
 
     Example:
-        >>> attachment = Attachment({"*": (2.0, 1.0)})
-        >>> attachment.begin(nn.TransformerEncoderLayer(8, nhead=2), steps=100)
-        >>> len(attachment.hooks.groups)
+        >>> run = Run(Request({"*": (2.0, 1.0)}))
+        >>> run.begin(nn.TransformerEncoderLayer(8, nhead=2), steps=100)
+        >>> len(run.hooks.groups)
         1
-        >>> attachment.end()
+        >>> run.end()
     """
 
     def __init__(
-        self, scales: Scales = None, schedule: MakeSchedule | None = None, **options: Any
+        self,
+        request: Request,
+        schedule: MakeSchedule | None = None,
+        *,
+        example_inputs: Any = None,
+        parameters: Iterable[Tensor] | None = None,
     ) -> None:
         if schedule is not None and not callable(schedule):
             raise TypeError(
                 "schedule must be a function of the number of optimizer steps, such as "
                 f"lambda steps: spanopt.scheduler.linear(steps // 10), got {schedule!r}"
             )
-        self.scales = scales
+        self.request = request
         self.schedule = schedule
-        self.options = options
         self.hooks: SpanHooks | None = None
         self.scheduler: SpanScheduler | None = None
+        self._example_inputs = example_inputs
+        self._parameters = None if parameters is None else list(parameters)
         self._remove: Callable[[], Any] = lambda: None
 
     def begin(self, model: nn.Module, steps: int, state: Mapping[str, Any] | None = None) -> None:
@@ -64,13 +71,14 @@ class Attachment:
             state: From :meth:`state`, to go on there.
 
         Raises:
-            TypeError: As in :func:`~spanopt.attach` and :class:`~spanopt.SpanScheduler`.
-            ValueError: Likewise, or ``state`` is of other layers, or of a run with a schedule that
-                this one lacks. Nothing is installed then.
+            TypeError: An argument of the wrong type, or a schedule that is none.
+            ValueError: No attention layer, a key that matches none, a layer that is scaled already,
+                or a ``state`` of other layers or of a run with a schedule that this one lacks.
+                Nothing is installed then.
 
         Example:
-            >>> attachment = Attachment({"*": (2.0, 1.0)})
-            >>> attachment.begin(nn.TransformerEncoderLayer(8, nhead=2), steps=100)
+            >>> run = Run(Request({"*": (2.0, 1.0)}))
+            >>> run.begin(nn.TransformerEncoderLayer(8, nhead=2), steps=100)
         """
         self.end()
         state = state or {}
@@ -79,7 +87,12 @@ class Attachment:
                 "the checkpoint is of a run whose scales followed a schedule, and schedules are "
                 "code that is not saved: pass schedule= again"
             )
-        self.hooks = attach(model, self.scales, **self.options)
+        self.hooks = install(
+            model,
+            self.request,
+            example_inputs=self._example_inputs,
+            parameters=self._parameters,
+        )
         # A callback that is dropped leaves the model clean.
         self._remove = weakref.finalize(self, self.hooks.remove)
         try:
@@ -97,10 +110,10 @@ class Attachment:
         """Complain of layers that were not scaled; to be called before an optimizer step.
 
         Raises:
-            UnscaledLayerError: As in :meth:`SpanHooks.check`.
+            UnscaledLayerError: There is one, and ``on_missing`` is ``"error"``.
 
         Example:
-            >>> Attachment().check()  # outside of a run there is nothing to complain of
+            >>> Run(Request()).check()  # outside of a run there is nothing to complain of
         """
         if self.hooks is not None:
             self.hooks.check()
@@ -112,7 +125,7 @@ class Attachment:
             skipped: Whether nothing was updated, as after an overflow; the schedule then waits.
 
         Example:
-            >>> Attachment().stepped()
+            >>> Run(Request()).stepped()
         """
         if self.hooks is not None:
             self.hooks.forget()
@@ -126,7 +139,7 @@ class Attachment:
             Numbers, strings, lists, dicts and ``None`` only.
 
         Example:
-            >>> Attachment().state() is None
+            >>> Run(Request()).state() is None
             True
         """
         if self.hooks is None:
@@ -138,7 +151,7 @@ class Attachment:
         """Take the hooks off the model. Doing it twice is harmless.
 
         Example:
-            >>> Attachment().end()
+            >>> Run(Request()).end()
         """
         self._remove()
         self.hooks = self.scheduler = None

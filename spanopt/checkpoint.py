@@ -1,0 +1,135 @@
+"""What a state dict of the wrapper holds beside the wrapped optimizer's, and how it is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from spanopt.scale import SpanGroup, SpanScale, scales_of
+
+__all__ = ["extended", "take_parameters", "take_scales"]
+
+_SCALES = "span_groups"
+_PARAMETERS = "span_parameters"
+
+
+def extended(
+    state_dict: Mapping[str, Any],
+    groups: Iterable[SpanGroup],
+    model: nn.Module,
+    param_groups: Iterable[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return an optimizer's state dict with the scales, and names and shapes of its parameters.
+
+    Args:
+        state_dict: The wrapped optimizer's. The scales of a wrapper inside are kept.
+        groups: The scales.
+        model: The model, for the parameters' names.
+        param_groups: The optimizer's parameter groups.
+    """
+    own = [group.plain() for group in groups]
+    described = _described(model, param_groups)
+    scales = [*state_dict.get(_SCALES, []), *own]
+    return {**state_dict, _SCALES: scales, _PARAMETERS: described}
+
+
+def take_scales(
+    state_dict: dict[str, Any], groups: Iterable[SpanGroup], *, nested: bool
+) -> dict[str, SpanScale]:
+    """Take the scales of these groups out of a state dict.
+
+    Args:
+        state_dict: From :func:`extended`, or a bare optimizer's. It is changed in place.
+        groups: The scales of the model.
+        nested: Whether the wrapped optimizer is a wrapper too: entries of other layers are then
+            its, and stay in the state dict.
+
+    Returns:
+        The scales by layer name; empty if the state dict has none.
+
+    Raises:
+        ValueError: The layers are not those of the groups.
+    """
+    if _SCALES not in state_dict:
+        return {}
+    saved = state_dict.pop(_SCALES)
+    entries = scales_of(saved)
+    names = [group["name"] for group in groups]
+    absent = [name for name in names if name not in entries]
+    own = {name: entries.pop(name) for name in names if name in entries}
+    if entries and nested:
+        state_dict[_SCALES] = [group for group in saved if group["name"] in entries]
+    elif entries or absent:
+        raise ValueError(
+            "the checkpoint's attention layers are not this model's: "
+            f"only in the checkpoint: {sorted(entries)}; only in the model: {absent}. Remove "
+            "'span_groups' from the state dict to load the optimizer's state alone"
+        )
+    return own
+
+
+def take_parameters(
+    state_dict: dict[str, Any],
+    model: nn.Module,
+    param_groups: Iterable[Mapping[str, Any]],
+    *,
+    check: bool,
+) -> None:
+    """Take names and shapes of the parameters out of a state dict, and compare them.
+
+    Args:
+        state_dict: From :func:`extended`, or a bare optimizer's. It is changed in place.
+        model: The model, for the parameters' names.
+        param_groups: The optimizer's parameter groups.
+        check: Whether to compare.
+
+    Raises:
+        ValueError: The shapes are those of another model, or of other parameter groups.
+    """
+    saved = state_dict.pop(_PARAMETERS, None)
+    if saved is None or not check:
+        return
+    here = _described(model, param_groups)
+    try:
+        saved = [[(str(name), list(shape)) for name, shape in group] for group in saved]
+    except (TypeError, ValueError) as error:
+        raise ValueError("'span_parameters' is not what state_dict() saves") from error
+    # By position, as the optimizer loads: names change with wrappers of the model.
+    shapes, own = ([[x[1] for x in group] for group in groups] for groups in (saved, here))
+    if shapes != own:
+        raise ValueError(
+            "the checkpoint is of another model or of other parameter groups: "
+            + "; ".join(_differences(saved, here))
+        )
+
+
+def _described(
+    model: nn.Module, param_groups: Iterable[Mapping[str, Any]]
+) -> list[list[list[Any]]]:
+    """Return name and shape of each parameter of each group."""
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    return [
+        [[names.get(id(p), "not in the model"), list(p.shape)] for p in group["params"]]
+        for group in param_groups
+    ]
+
+
+def _differences(saved: Sequence[Any], here: Sequence[Any]) -> list[str]:
+    """Say how the parameters of a checkpoint differ from those of a model, in at most 11 lines."""
+    was, now = (
+        {name: shape for group in groups for name, shape in group} for groups in (saved, here)
+    )
+    lines = [f"{name}: only in the checkpoint, {was[name]}" for name in was if name not in now]
+    lines += [f"{name}: only in the model, {now[name]}" for name in now if name not in was]
+    lines += [
+        f"{name}: {was[name]} in the checkpoint, {now[name]} in the model"
+        for name in was
+        if name in now and was[name] != now[name]
+    ]
+    if not lines:
+        sizes = [[len(group) for group in groups] for groups in (saved, here)]
+        return [f"parameters by group: {sizes[0]} in the checkpoint, {sizes[1]} in the optimizer"]
+    more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
+    return [*lines[:10], *more]

@@ -1,0 +1,524 @@
+"""Installing taps on a model's attention layers and taking them off again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from spanopt.compiling import keep_eager_taps_eager, let_compiled_code_notice_hooks
+from spanopt.errors import no_attention_called, not_scaled_since_step
+from spanopt.node import Method
+from spanopt.plan import (
+    LayerPlan,
+    ProjectionLike,
+    QKModules,
+    Request,
+    Scales,
+    claim,
+    plan,
+    refuse_unknown,
+    release,
+)
+from spanopt.scale import SpanGroup, SpanScale, scales_of
+from spanopt.sites import AttentionSite, unwrap
+from spanopt.table import table
+from spanopt.taps import HANDLERS
+from spanopt.taps.module_hooks import Enter, Leave, Output, drop_inert, no_hook
+from spanopt.taps.projection import ProjectionTap
+from spanopt.taps.tap import Tap, remove_stale, thread
+from spanopt.taps.watcher import Watcher
+
+__all__ = ["SpanHooks", "attach", "install"]
+
+
+class SpanHooks:
+    """The taps installed on one model; what :func:`attach` returns.
+
+    A context manager: on leaving, the model is as it was before.
+
+    Attributes:
+        sites: The attention layers of the model, scaled or not.
+        groups: One editable :class:`~spanopt.scale.SpanGroup` per scaled layer.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.TransformerEncoderLayer(8, nhead=2)
+        >>> with attach(model, SpanScale(2.0)) as hooks:
+        ...     hooks.groups
+        [{'name': 'self_attn', 'parallel': 2.0, 'violation': 1.0, 'query': None, 'key': None}]
+        >>> len(model.self_attn._forward_hooks)
+        0
+    """
+
+    def __init__(self, on_missing: str, root: nn.Module | None = None) -> None:
+        self.sites: list[AttentionSite] = []
+        self.groups: list[SpanGroup] = []
+        self._groups: list[SpanGroup] = []
+        self._taps: list[Tap] = []
+        self._shields: list[Tap] = []
+        self._handles: dict[Tap | None, list[Any]] = {None: []}
+        self._on_missing = on_missing
+        if root is not None and on_missing == "error":
+            drop_inert(root)
+            self._handles[None].append(root.register_forward_hook(_CheckCalled(self._taps)))
+
+    def add(self, layers: Sequence[LayerPlan]) -> None:
+        """Install the taps of further layers.
+
+        Args:
+            layers: What to install, from :func:`spanopt.plan.plan`.
+
+        Raises:
+            ValueError: The number of per-head values is not a layer's number of heads. Nothing is
+                installed then.
+
+        Example:
+            >>> from torch import nn
+            >>> hooks = SpanHooks(on_missing="error")
+            >>> hooks.add(plan(nn.TransformerEncoderLayer(8, nhead=2), Request({"*": (2.0, 1.0)})))
+            >>> hooks.unseen()
+            ['self_attn']
+        """
+        taps: list[Tap] = []
+        groups: list[SpanGroup] = []
+        shields: list[Tap] = []
+        scaled = (layer.site.module for layer in layers if layer.scale is not None)
+        inside = {inner for outer in scaled for inner in outer.modules()}
+        for layer in layers:
+            site, scale, method = layer.site, layer.scale, layer.method
+            if scale is not None:
+                if layer.outputs is not None:
+                    tap: Tap = ProjectionTap(site, scale, method, layer.outputs)
+                else:
+                    tap = Tap(site, scale, method, HANDLERS)
+                taps.append(tap)
+                groups.append(SpanGroup(site.name, scale, tap.set_scale))
+            elif site.module in inside:
+                # The layer is left alone inside one that is scaled: an idle tap shields it.
+                shields.append(Tap(site, SpanScale(1.0, 1.0), Method(), HANDLERS))
+        for tap in (*taps, *shields):
+            self._install(tap)
+        self.groups += groups
+        self._groups += groups
+        self.sites += [layer.site for layer in layers]
+        self._taps += taps
+        self._shields += shields
+
+    def _install(self, tap: Tap) -> None:
+        """Put the module hooks of a tap on its layer."""
+        module = tap.site.module
+        drop_inert(module)
+        # Prepended, and the forward hook is called always: an exception leaves no mode entered.
+        handles = self._handles[tap] = [
+            module.register_forward_pre_hook(Enter(tap), prepend=True, with_kwargs=True),
+            module.register_forward_hook(Leave(tap), always_call=True),
+        ]
+        if isinstance(tap, ProjectionTap):
+            for projection in tap.projections:
+                drop_inert(projection.module)
+                hook = Output(tap, projection)
+                handles.append(projection.module.register_forward_hook(hook))
+        claim(module)
+
+    def drop(self, modules: Iterable[nn.Module]) -> None:
+        """Take the taps off layers, as off those that are no longer in the model.
+
+        Args:
+            modules: The layers; others are passed over.
+
+        Example:
+            >>> from torch import nn
+            >>> model = nn.TransformerEncoderLayer(8, nhead=2)
+            >>> hooks = attach(model, SpanScale(2.0))
+            >>> hooks.drop([model.self_attn])
+            >>> hooks.unseen()
+            []
+        """
+        gone = set(modules)
+        for tap in [*self._taps, *self._shields]:
+            if tap.site.module not in gone:
+                continue
+            self._take_off(tap)
+            if tap in self._shields:
+                self._shields.remove(tap)
+                continue
+            index = self._taps.index(tap)
+            for of_each in (self._taps, self.groups, self._groups):
+                del of_each[index]
+        self.sites = [site for site in self.sites if site.module not in gone]
+        remove_stale()
+
+    def unseen(self) -> list[str]:
+        """Return the scaled layers whose Q and K were not seen since :meth:`forget`.
+
+        Returns:
+            Their names.
+
+        Raises:
+            ValueError: An entry of ``groups`` was replaced, added or removed.
+
+        Example:
+            >>> from torch import nn
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).unseen()
+            ['self_attn']
+        """
+        if [*map(id, self.groups)] != [*map(id, self._groups)]:
+            raise ValueError(
+                "an entry of span_groups was replaced, added or removed, which scales nothing: "
+                "set the fields of the entries that are there"
+            )
+        missing = [tap for tap in self._taps if tap.is_attention() and not tap.seen]
+        if not missing and not any(tap.seen for tap in self._taps):
+            missing = self._taps  # nothing at all was scaled, though layers may be attention
+        return [tap.site.name for tap in missing]
+
+    def forget(self) -> None:
+        """Forget which layers were seen, as after an optimizer step.
+
+        Example:
+            >>> from torch import nn
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).forget()
+        """
+        for tap in self._taps:
+            tap.seen = False
+            tap.forget_tokens()
+
+    def check(self) -> None:
+        """Complain, as ``on_missing`` says, of every scaled layer that was not seen.
+
+        Raises:
+            UnscaledLayerError: There is one, and ``on_missing`` is ``"error"``.
+            ValueError: An entry of ``groups`` was replaced rather than edited.
+
+        Example:
+            >>> from torch import nn
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).check()
+            Traceback (most recent call last):
+            ...
+            spanopt.errors.UnscaledLayerError: not scaled since the last step: ...
+        """
+        missing = self.unseen()
+        if not missing or self._on_missing == "ignore":
+            return
+        error = not_scaled_since_step(missing, [tap.site for tap in self._taps if tap.seen])
+        if self._on_missing == "error":
+            self.forget()
+            raise error
+        warnings.warn(str(error), stacklevel=3)
+
+    def probe(self, model: nn.Module, example_inputs: Any) -> None:
+        """Run one forward pass, to learn what only that can tell.
+
+        Args:
+            model: The model.
+            example_inputs: As in :func:`attach`.
+
+        Raises:
+            UnscaledLayerError: A scaled layer calls no attention, and ``on_missing`` is
+                ``"error"``.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.TransformerEncoderLayer(8, nhead=2)
+            >>> hooks = attach(model, SpanScale(2.0))
+            >>> hooks.probe(model, torch.randn(5, 1, 8))
+            >>> hooks.sites[0].query_length
+            5
+        """
+        buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        args: tuple[Any, ...] = (example_inputs,)
+        kwargs: dict[str, Any] = {}
+        if isinstance(example_inputs, tuple):
+            args = example_inputs
+        elif isinstance(example_inputs, Mapping):
+            args, kwargs = (), dict(example_inputs)
+        try:
+            thread.probing = True
+            with torch.random.fork_rng(), torch.enable_grad():
+                model(*args, **kwargs)
+            if self._on_missing == "error":
+                _check_called(self._taps, only_entered=False)
+        finally:
+            thread.probing = False
+            self.forget()
+            with torch.no_grad():
+                for module, name, buffer, value in buffers:
+                    module._buffers[name] = buffer.copy_(value)
+
+    def has_run(self, site: AttentionSite) -> bool:
+        """Return whether a layer has run while it was hooked.
+
+        Args:
+            site: One of ``sites`` that is scaled.
+
+        Example:
+            >>> from torch import nn
+            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
+            >>> hooks.has_run(hooks.sites[0])
+            False
+        """
+        return any(tap.entered for tap in self._taps if tap.site is site)
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Compute the projection in these layers whatever the scales are, as under a schedule.
+
+        Equal factors need none, and without it compiled code would be compiled anew when they
+        come to differ.
+
+        Args:
+            names: Names of layers.
+
+        Example:
+            >>> from torch import nn
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).hold(["self_attn"])
+        """
+        names = set(names)
+        for tap, group in zip(self._taps, self._groups, strict=True):
+            if tap.site.name in names:
+                tap.held = True
+                tap.set_scale(group.scale)
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Have somebody told of Q, K and their gradients, from the next forward pass on.
+
+        Args:
+            watcher: Who is told; ``None`` for nobody.
+
+        Example:
+            >>> from torch import nn
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).watch(None)
+        """
+        for tap in self._taps:
+            tap.watcher = watcher
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scales, as numbers, strings, lists, dicts and ``None``.
+
+        With :meth:`load_state_dict` this makes the hooks an entry of what
+        ``torch.distributed.checkpoint`` saves and loads.
+
+        Example:
+            >>> from torch import nn
+            >>> list(attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).state_dict())
+            ['span_groups']
+        """
+        return {"span_groups": [group.plain() for group in self.groups]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore the scales.
+
+        Args:
+            state_dict: From :meth:`state_dict`.
+
+        Raises:
+            ValueError: It names other layers, or holds what is no scale. The scales are then as
+                they were.
+
+        Example:
+            >>> from torch import nn
+            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
+            >>> hooks.load_state_dict(hooks.state_dict())
+        """
+        scales = scales_of(state_dict.get("span_groups"))
+        names = {group["name"] for group in self.groups}
+        if set(scales) != names:
+            raise ValueError(
+                "the checkpoint's attention layers are not this model's: only in the checkpoint: "
+                f"{sorted(set(scales) - names)}; only in the model: {sorted(names - set(scales))}"
+            )
+        self.set_scales(scales)
+
+    def set_scales(self, scales: Mapping[str, SpanScale]) -> None:
+        """Set the scales of layers by name.
+
+        Args:
+            scales: By name of layer; others keep theirs.
+
+        Raises:
+            ValueError: A number of per-head values that is not a layer's. All scales are then as
+                they were.
+
+        Example:
+            >>> from torch import nn
+            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
+            >>> hooks.set_scales({"self_attn": SpanScale(3.0, 1.0)})
+        """
+        before = [(group, group.scale) for group in self.groups]
+        try:
+            for group in self.groups:
+                if group["name"] in scales:
+                    group.update(scales[group["name"]].fields())
+        except BaseException:
+            for group, scale in before:
+                group.update(scale.fields())
+            raise
+
+    def remove(self) -> None:
+        """Take everything off the model. Doing it twice is harmless.
+
+        Example:
+            >>> from torch import nn
+            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
+            >>> hooks.remove()
+        """
+        for tap in (None, *self._taps, *self._shields):
+            self._take_off(tap)
+        remove_stale()
+
+    def _take_off(self, tap: Tap | None) -> None:
+        """Take a tap off its layer, or what is on the whole model off that; once."""
+        for handle in self._handles.pop(tap, ()):
+            handle.remove()
+        if tap is not None and not tap.removed:  # another attachment may have the layer by now
+            tap.removed = True
+            release(tap.site.module)
+
+    def __enter__(self) -> SpanHooks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return table(self.sites, self.groups)
+
+
+def attach(
+    model: nn.Module,
+    scales: Scales = None,
+    *,
+    ridge: float | None = None,
+    on_missing: str = "error",
+    qk_modules: QKModules = None,
+    example_inputs: Any = None,
+    parameters: Iterable[Tensor] | None = None,
+    projection: ProjectionLike = "span",
+    preserve_norm: bool | Mapping[str, bool] = False,
+    **unknown: NoReturn,
+) -> SpanHooks:
+    """Rescale the attention gradients of a model by span, without an optimizer.
+
+    For frameworks that build their own optimizer; otherwise use
+    :class:`~spanopt.SpanScaledOptimizer`. Forward values do not change. The hooks stay on the model
+    until :meth:`SpanHooks.remove`, whether or not the returned object is kept. The first call in a
+    process sets ``torch._dynamo.config.skip_nnmodule_hook_guards`` to false and drops code compiled
+    until then, so that compiled code and hooks never pass each other by.
+
+    Args:
+        model: Any module with attention layers that :func:`~spanopt.find_attention` finds.
+        scales: Scales by layer name or pattern, see :func:`~spanopt.scale.resolve_scales`; one
+            :class:`~spanopt.SpanScale` for all. Left out it is ``{"*": SpanScale()}``, which
+            changes nothing until the scales are edited, and says so in a warning.
+        ridge: As in :func:`~spanopt.project`.
+        on_missing: What to do about a layer that was asked for and turns out not to be scaled:
+            ``"error"``, ``"warn"`` or ``"ignore"``.
+        qk_modules: Where Q and K are in layers whose attention can't be seen, such as one in a
+            kernel of its own, by layer name or pattern:
+            ``{"blocks.0.attn": {"query": "wq", "key": "wk", "num_heads": 8}}``. See
+            :func:`~spanopt.taps.projection.projections_of` for fused outputs.
+        example_inputs: Inputs for one forward pass that checks now what only a forward pass can
+            tell: a tuple of positional arguments, a dict of keyword arguments, or one argument.
+            Random state and the values of buffers are restored after it.
+        parameters: What will be trained. When given, a scaled layer that has trainable parameters
+            and none of them here is an error.
+        projection: What counts as the parallel part: the name of a setup of :mod:`spanopt.setups`
+            or a function of that kind, for all layers or by layer name or pattern.
+        preserve_norm: Whether a rescaled gradient gets the norm of the given one, for each sequence
+            and head; likewise.
+
+    Returns:
+        The hooks.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: No attention layer, a key that matches none, a bad scale or ridge, or a layer
+            that another attachment scales already.
+        UnscaledLayerError: With ``example_inputs``, a layer that calls no attention.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
+        >>> x = torch.randn(5, 1, 8)
+        >>> with attach(model, {"*": SpanScale(parallel=2.0, violation=1.0)}):
+        ...     model(x, x, x)[0].sum().backward()
+    """
+    refuse_unknown("attach", unknown)
+    request = Request(scales, ridge, on_missing, qk_modules, projection, preserve_norm)
+    return install(model, request, example_inputs=example_inputs, parameters=parameters)
+
+
+def install(
+    model: nn.Module,
+    request: Request,
+    *,
+    example_inputs: Any = None,
+    parameters: Iterable[Tensor] | None = None,
+) -> SpanHooks:
+    """Install the taps that a request asks for: what :func:`attach` does with its arguments.
+
+    Args:
+        model: Any module with attention layers.
+        request: What the user asks for.
+        example_inputs: Inputs for one forward pass: a tuple of positional arguments, a dict of
+            keyword arguments, or one argument. ``None`` for no forward pass.
+        parameters: What will be trained; ``None`` if that is not known.
+
+    Returns:
+        The hooks.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: No attention layer, a key that matches none, a bad scale or ridge, or a layer
+            that another attachment scales already. Nothing is installed then.
+        UnscaledLayerError: With ``example_inputs``, a layer that calls no attention.
+
+    Example:
+        >>> hooks = install(nn.TransformerEncoderLayer(8, nhead=2), Request(SpanScale(2.0)))
+        >>> hooks.unseen()
+        ['self_attn']
+    """
+    layers = plan(model, request, parameters=parameters)
+    hooks = SpanHooks(request.on_missing, unwrap(model))
+    try:
+        hooks.add(layers)
+        let_compiled_code_notice_hooks()
+        keep_eager_taps_eager(Tap, ProjectionTap)
+        if example_inputs is not None:
+            hooks.probe(model, example_inputs)
+    except BaseException:
+        hooks.remove()
+        raise
+    return hooks
+
+
+class _CheckCalled:
+    """A forward hook on the whole model: complain of layers that have run without attention."""
+
+    def __init__(self, taps: Sequence[Tap]) -> None:
+        self.taps = taps
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
+        if torch.is_grad_enabled() or thread.probing:
+            _check_called(self.taps)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return no_hook, ()
+
+
+def _check_called(taps: Sequence[Tap], only_entered: bool = True) -> None:
+    missing = [
+        tap.site
+        for tap in taps
+        if not tap.called and tap.is_attention() and (tap.entered or not only_entered)
+    ]
+    if missing:
+        raise no_attention_called(missing, [tap.site for tap in taps if tap.called])

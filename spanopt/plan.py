@@ -1,0 +1,315 @@
+"""Which layers of a model to scale and how: all that is checked before anything is installed."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from spanopt.errors import BY_HAND
+from spanopt.node import Method
+from spanopt.projection import check_ridge
+from spanopt.scale import ScaleLike, SpanScale, matching, resolve_scales
+from spanopt.setups import Setup, setup_name
+from spanopt.sites import AttentionSite, find_attention, is_inside, named_modules
+from spanopt.taps.projection import Projection, owns_projections, projections_of
+
+__all__ = [
+    "LayerPlan",
+    "ProjectionLike",
+    "QKModules",
+    "Request",
+    "Scales",
+    "claim",
+    "plan",
+    "refuse_unknown",
+    "release",
+]
+
+Scales: TypeAlias = "Mapping[str, ScaleLike | None] | SpanScale | None"
+"""Scales by layer name or pattern, or one scale for all layers."""
+
+ProjectionLike: TypeAlias = "str | Setup | Mapping[str, str | Setup]"
+"""A setup by name or as a function, for all layers or by layer name or pattern."""
+
+QKModules: TypeAlias = "Mapping[str, Mapping[str, Any]] | None"
+"""By layer name or pattern, the modules whose outputs are Q and K."""
+
+_ON_MISSING = ("error", "warn", "ignore")
+
+# The layers that carry a tap of some attachment.
+_claimed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for: which layers to scale, and how.
+
+    Attributes:
+        scales: Scales by layer name or pattern, or one scale for all layers.
+        ridge: Relative ridge of every projection; ``None`` for the dtype's default.
+        on_missing: What to do about a layer that was asked for and not scaled: ``"error"``,
+            ``"warn"`` or ``"ignore"``.
+        qk_modules: By layer name or pattern, the modules whose outputs are Q and K.
+        projection: What counts as the parallel part: a setup by name or as a function, for all
+            layers or by layer name or pattern.
+        preserve_norm: Whether a rescaled gradient keeps its norm, for all layers or by layer name
+            or pattern.
+
+    Raises:
+        ValueError: ``on_missing`` is none of the three words.
+    """
+
+    scales: Scales = None
+    ridge: float | None = None
+    on_missing: str = "error"
+    qk_modules: QKModules = None
+    projection: ProjectionLike = "span"
+    preserve_norm: bool | Mapping[str, bool] = False
+
+    def __post_init__(self) -> None:
+        if self.on_missing not in _ON_MISSING:
+            raise ValueError(f"on_missing must be one of {_ON_MISSING}, got {self.on_missing!r}")
+
+    def methods(self, names: Sequence[str]) -> dict[str, Method]:
+        """Return how the gradients of each layer are rescaled, beside the factors.
+
+        Args:
+            names: The names of the attention layers.
+
+        Raises:
+            TypeError: An argument of the wrong type.
+            ValueError: A key that matches no layer, or no such projection.
+
+        Example:
+            >>> Request(projection={"a": "cross"}).methods(["a", "b"])["a"].setup
+            'cross'
+        """
+        check_ridge(self.ridge)
+        setups = _per_layer(self.projection, names, "projection", setup_name, "span")
+        keep = _per_layer(self.preserve_norm, names, "preserve_norm", _flag, False)
+        return {name: Method(self.ridge, setups[name], keep[name]) for name in names}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What to install on one layer.
+
+    Attributes:
+        site: The attention layer.
+        scale: Its scale; ``None`` leaves it alone.
+        method: How its gradients are rescaled, beside the factors.
+        outputs: Where Q and K are, if the user says which modules return them.
+    """
+
+    site: AttentionSite
+    scale: SpanScale | None
+    method: Method
+    outputs: list[Projection] | None = None
+
+
+def plan(
+    model: nn.Module,
+    request: Request,
+    *,
+    parameters: Iterable[Tensor] | None = None,
+    hooked: Sequence[AttentionSite] | None = None,
+) -> list[LayerPlan]:
+    """Find what to scale, and check all that can be before anything is installed.
+
+    Args:
+        model: The model.
+        request: What the user asks for.
+        parameters: What will be trained. When given, a scaled layer that has trainable parameters
+            and none of them here is an error.
+        hooked: Sites that are hooked already, when layers came to the model later. They are left
+            out, and so are layers that are not trained yet.
+
+    Returns:
+        A plan for each attention layer.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: No attention layer, a key that matches none, a bad scale or ridge, or a layer
+            that another attachment scales already.
+
+    Example:
+        >>> plan(nn.TransformerEncoderLayer(8, nhead=2), Request(SpanScale(2.0)))[0].scale
+        SpanScale(parallel=2.0, violation=1.0, query=None, key=None)
+    """
+    sites, outputs = _named_by_user(model, find_attention(model), request.qk_modules or {})
+    if not sites and hooked is None:
+        raise ValueError(
+            f"no attention layer found in {type(model).__name__}. Looked for "
+            "nn.MultiheadAttention, for code that calls torch.nn.functional."
+            "scaled_dot_product_attention or multiplies matrices and takes a softmax, and for "
+            f"modules that own a query and a key projection (q_proj and k_proj, to_q and to_kv, "
+            f"qkv, ...). {BY_HAND}"
+        )
+    # Layers that were hooked and are gone by now keep their keys valid.
+    names = list({site.name: None for site in (*sites, *(hooked or ()))})
+    if request.scales is None and hooked is None:
+        warnings.warn(
+            "no scales were given, and by default gradients stay as they are: pass, say, "
+            "scales={'*': SpanScale(parallel=2.0, violation=1.0)}, or scales=SpanScale() to edit "
+            "them later",
+            stacklevel=3,
+        )
+    scales = resolve_scales(request.scales, names)
+    methods = request.methods(names)
+    for site in sites:  # a layer that is asked for by name is attention
+        by_name = isinstance(request.scales, Mapping) and site.name in request.scales
+        site.certain = site.certain or by_name
+    if hooked is not None:
+        sites = _new_sites(model, sites, hooked, parameters)
+    scaled = [site for site in sites if scales[site.name] is not None]
+    _check_unclaimed(scaled)
+    if parameters is not None:
+        _check_trained([site for site in scaled if site.certain], parameters)
+    return [
+        LayerPlan(site, scales[site.name], methods[site.name], outputs.get(site.name))
+        for site in sites
+    ]
+
+
+def claim(module: nn.Module) -> None:
+    """Note that a layer carries a tap, so that no other attachment takes it."""
+    _claimed.add(module)
+
+
+def release(module: nn.Module) -> None:
+    """Note that a layer carries a tap no more."""
+    _claimed.discard(module)
+
+
+def refuse_unknown(function: str, unknown: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that a function does not have, with the new name of an old one.
+
+    Args:
+        function: The name of the function, for the error.
+        unknown: The keyword arguments that it does not have.
+
+    Raises:
+        TypeError: There is one.
+
+    Example:
+        >>> refuse_unknown("attach", {"projections": {}})
+        Traceback (most recent call last):
+        ...
+        TypeError: attach() has no argument 'projections'; its name is now qk_modules
+    """
+    for name in unknown:
+        now = "; its name is now qk_modules" if name == "projections" else ""
+        raise TypeError(f"{function}() has no argument {name!r}{now}")
+
+
+def _per_layer(
+    value: Any, names: Sequence[str], what: str, read: Callable[[Any], Any], default: Any
+) -> dict[str, Any]:
+    given = value if isinstance(value, Mapping) else {"*": value}
+    chosen = matching({key: read(one) for key, one in given.items()}, names, what)
+    return {name: chosen.get(name, default) for name in names}
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"preserve_norm is True or False, for all layers or by layer, got {value!r}"
+        )
+    return value
+
+
+def _new_sites(
+    model: nn.Module,
+    sites: Sequence[AttentionSite],
+    hooked: Sequence[AttentionSite],
+    parameters: Iterable[Tensor] | None,
+) -> list[AttentionSite]:
+    """Return the sites that are not hooked yet and whose parameters are trained by now."""
+    trained = set(map(id, parameters or ()))
+    old = {site.module for site in hooked}
+    new = []
+    for site in sites:
+        if site.module not in old and not _is_left_out(site, trained):
+            new.append(site)
+    present = old & set(model.modules())
+    names = {site.name for site in hooked if site.module in present}
+    for site in new:
+        if site.name in names:
+            raise ValueError(
+                f"a new layer is named {site.name!r}, as one that is scaled already was: the names "
+                "of the model's layers have changed; detach() the optimizer and wrap it again"
+            )
+    return new
+
+
+def _named_by_user(
+    model: nn.Module,
+    sites: list[AttentionSite],
+    qk_modules: Mapping[str, Mapping[str, Any]],
+) -> tuple[list[AttentionSite], dict[str, list[Projection]]]:
+    """Return the sites with those that the user says where Q and K are in, and where."""
+    if not isinstance(qk_modules, Mapping):
+        raise TypeError(
+            "qk_modules must be a dict from layer names or patterns to dicts such as "
+            f'{{"query": "wq", "key": "wk", "num_heads": 8}}, got {type(qk_modules).__name__}'
+        )
+    if not qk_modules:
+        return sites, {}
+    modules = dict(named_modules(model))
+    outputs: dict[str, list[Projection]] = {}
+    for pattern, spec in qk_modules.items():
+        matched = [pattern]
+        if pattern not in modules:
+            matched = [
+                name
+                for name in fnmatch.filter(modules, pattern)
+                if owns_projections(modules[name], spec)
+            ]
+        if not matched:
+            raise ValueError(
+                f"qk_modules: {pattern!r} matches no module of {type(model).__name__} that has "
+                f"the modules named in {dict(spec)}; attention layers are "
+                f"{[site.name for site in sites]}"
+            )
+        for name in matched:
+            if name in outputs:
+                raise ValueError(f"qk_modules: layer {name!r} is matched more than once")
+            outputs[name] = projections_of(name, modules[name], spec)
+    by_name = {site.name: site for site in sites}
+    for name in outputs:
+        by_name = {other: site for other, site in by_name.items() if not is_inside(other, name)}
+        by_name[name] = AttentionSite(name, modules[name], "projection")
+    return [by_name[name] for name in modules if name in by_name], outputs
+
+
+def _check_unclaimed(sites: Sequence[AttentionSite]) -> None:
+    claimed = set(_claimed)
+    inside = {inner for outer in claimed for inner in outer.modules()}
+    for site in sites:
+        if site.module in inside or not claimed.isdisjoint(site.module.modules()):
+            raise ValueError(
+                f"layer {site.name!r} is scaled already, by another attachment or optimizer: "
+                "call its remove() or detach() first, or give the layer to one of them only"
+            )
+
+
+def _is_left_out(site: AttentionSite, trained: set[int]) -> bool:
+    """Whether a layer has trainable parameters, and none of them is among those trained, by id."""
+    trainable = {id(p) for p in site.module.parameters() if p.requires_grad}
+    return bool(trainable) and not trainable & trained
+
+
+def _check_trained(sites: Sequence[AttentionSite], parameters: Iterable[Tensor]) -> None:
+    trained = set(map(id, parameters))
+    for site in sites:
+        if _is_left_out(site, trained):
+            raise ValueError(
+                f"layer {site.name!r} is to be scaled, but none of its trainable parameters is "
+                "in the optimizer: add them to it, or leave the layer alone with the scale None"
+            )

@@ -1,0 +1,90 @@
+"""Module hooks that enter and leave a tap; neither a deep copy nor a pickle carries them along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from spanopt.taps.projection import Projection, ProjectionTap
+from spanopt.taps.tap import Tap, thread
+
+__all__ = ["Enter", "Hook", "Leave", "Output", "drop_inert", "no_hook"]
+
+
+class Hook:
+    """A hook that neither a deep copy nor a pickle of the model carries along."""
+
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return no_hook, ()
+
+
+class Enter(Hook):
+    """A layer's forward pre-hook: its tap starts to watch."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Enter the tap where gradients are on.
+
+        Raises:
+            RuntimeError: The model is being exported, and the program would lose the hooks.
+        """
+        if _is_exporting():
+            raise RuntimeError(
+                f"layer {self.tap.site.name!r} is hooked by spanopt, which an exported program "
+                "would silently lose: detach() the optimizer or remove() the hooks first"
+            )
+        if torch.is_grad_enabled() or thread.probing:
+            self.tap.enter((args, kwargs))
+        elif not torch.compiler.is_compiling():
+            self.tap.pass_by()
+
+
+class Leave(Hook):
+    """A layer's forward hook: its tap stops watching."""
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
+        """Leave the tap, also after an exception."""
+        # Eagerly whatever the grad mode is by now, and whether or not the tap was entered: another
+        # pre-hook, put before ours, may have raised an exception.
+        if torch.is_grad_enabled() or thread.probing or not torch.compiler.is_compiling():
+            self.tap.leave()
+
+
+class Output(Hook):
+    """A forward hook on a module whose output is Q or K: the tap puts nodes on the output."""
+
+    def __init__(self, tap: ProjectionTap, projection: Projection) -> None:
+        super().__init__(tap)
+        self.projection = projection
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
+        """Return the output with nodes on Q and K."""
+        assert isinstance(self.tap, ProjectionTap)
+        return self.tap.on_output(self.projection, result)
+
+
+def drop_inert(module: nn.Module) -> None:
+    """Drop the stand-ins that hooks leave in a copy of a model."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook is _inert]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _is_exporting() -> bool:
+    return getattr(torch.compiler, "is_exporting", bool)()
+
+
+def _inert(*args: Any) -> None:
+    """Stand in for a hook in a copy of a model."""
+
+
+def no_hook() -> Callable[..., None]:
+    """Return what a hook becomes in a copy of a model: a function that does nothing."""
+    return _inert
