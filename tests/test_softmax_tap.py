@@ -138,6 +138,11 @@ def tokens_first(x):
     return x.permute(2, 0, 1, 3)
 
 
+def rows_first(x):
+    """Of two rows, (R, N, B, H, d / 2)."""
+    return x.unflatten(-1, (2, -1)).permute(3, 2, 0, 1, 4)
+
+
 def scores(q, k):
     return q @ k.transpose(-2, -1) / math.sqrt(D)
 
@@ -168,6 +173,33 @@ def query_divided_in_place(q, k):
     return (q @ k.mT).softmax(-1)
 
 
+def by_rows_and_columns(q, k):
+    """With positions of queries and keys by row and column, as SAM and ViTDet have them."""
+    x = merged(scores(q, k)).view(B * H, 3, 3, M, 1)
+    rows, columns = (
+        torch.linspace(-1, 1, B * H * N * size, dtype=q.dtype).view(-1, 3, 3, size)
+        for size in (M, 1)
+    )
+    x = x + rows[:, :, :, :, None] + columns[:, :, :, None, :]
+    return split(x.view(B * H, N, M).softmax(-1))
+
+
+def turned_by_rows_and_columns(q, k):
+    x = scores(q, k).view(B, H, 3, 3, M).permute(0, 1, 4, 2, 3)
+    return x.reshape(B, H, M, N).mT.softmax(-1)
+
+
+def cog(q, k):
+    x = scores(q, k)
+    sign, x = x.sign(), x.abs()
+    return x.softmax(-1) * sign
+
+
+def signed_root(q, k):
+    x = scores(q, k)
+    return (x.sign() * torch.sqrt(abs(x) + 0.1)).softmax(-1)
+
+
 def with_a_sink(q, k):
     sink = torch.linspace(-1, 1, H, dtype=q.dtype).reshape(1, H, 1, 1).expand(B, H, N, 1)
     x = torch.cat([scores(q, k), sink], dim=-1)
@@ -186,6 +218,18 @@ class Child(nn.Module):
 
 ALIBI = torch.linspace(-2, 0, H * N * M, dtype=torch.float64).reshape(H, N, M).repeat(B, 1, 1)
 SCALAR = torch.tensor(0.7, dtype=torch.float64)
+OF_EACH_HEAD = torch.eye(D, dtype=torch.float64) + torch.linspace(0, 1, H * D * D).view(H, D, D)
+MIX = torch.linspace(-1, 2, 3 * H, dtype=torch.float64).view(3, H)  # 3 heads of H, and H of 3
+
+
+def mixed(x):
+    """Scores of three heads of those of two, and of two again."""
+    return torch.einsum("bhij,hg->bgij", torch.einsum("b h i j, g h -> b g i j", x, MIX), MIX)
+
+
+def heads_last_of_all(x):
+    return x.permute(0, 2, 3, 1)
+
 
 PRODUCTS = {
     "q @ k.transpose": lambda q, k: (q @ k.transpose(-2, -1)).softmax(-1),
@@ -233,6 +277,15 @@ PRODUCTS = {
     "einsum, feature before token": lambda q, k: torch.einsum(
         "bhid,bhdj->bhij", q, k.transpose(2, 3)
     ).softmax(-1),
+    "einsum, tied over rows": lambda q, k: torch.einsum(
+        "bhird,bhjrd->bhij", *(x.unflatten(-1, (2, -1)) for x in (q, k))
+    ).softmax(-1),
+    "einsum, tied over rows, tokens and heads first": lambda q, k: (
+        torch.einsum("rinhd,rjnhd->hnij", rows_first(q), rows_first(k)).softmax(-1).transpose(0, 1)
+    ),
+    "einsum, heads first": lambda q, k: (
+        torch.einsum("bhid,bhjd->hbij", q, k).softmax(-1).transpose(0, 1)
+    ),
     "k @ q.mT over -2": lambda q, k: (k @ q.mT).softmax(-2).mT,
     "k @ q.mT, transposed": lambda q, k: (k @ q.mT).transpose(-2, -1).softmax(-1),
     "k @ q.mT, transpose with keywords": lambda q, k: (
@@ -255,6 +308,9 @@ WAYS = {
     "negated": lambda q, k: (-(-q @ k.mT)).softmax(-1),
     "in place": divided_in_place,
     "in place before": query_divided_in_place,
+    "of what a constant was multiplied with": lambda q, k: (
+        (q @ OF_EACH_HEAD) @ (k @ OF_EACH_HEAD).mT
+    ).softmax(-1),
     "mul_": in_place(lambda x: x.mul_(0.4)),
     "div_": in_place(lambda x: x.div_(3.0)),
     "softcap": lambda q, k: (2.0 * torch.tanh(scores(q, k) / 2.0)).softmax(-1),
@@ -299,6 +355,45 @@ WAYS = {
     "tokens before heads": lambda q, k: heads_last(
         torch.einsum("bhid,bhjd->bihj", q, k).softmax(-1)
     ),
+    "heads mixed": lambda q, k: mixed(scores(q, k)).softmax(-1),
+    "heads mixed, weight first": lambda q, k: torch.einsum(
+        "hg,bhij->bgij", MIX.T @ MIX, scores(q, k)
+    ).softmax(-1),
+    "heads mixed with an ellipsis": lambda q, k: torch.einsum(
+        "...hij,gh->...gij", scores(q, k), MIX.T @ MIX
+    ).softmax(-1),
+    "heads mixed for each query": lambda q, k: torch.einsum(
+        "bhij,bihg->bgij", scores(q, k), (MIX.T @ MIX) * torch.ones(B, N, 1, 1)
+    ).softmax(-1),
+    "heads mixed and added": lambda q, k: (scores(q, k) + mixed(scores(q, k))).softmax(-1),
+    "heads mixed by linear": lambda q, k: (
+        F.linear(heads_last_of_all(scores(q, k)), MIX.T @ MIX).permute(0, 3, 1, 2).softmax(-1)
+    ),
+    "heads mixed by linear, keywords": lambda q, k: (
+        F.linear(input=heads_last_of_all(scores(q, k)), weight=MIX.T @ MIX, bias=None)
+        .permute(0, 3, 1, 2)
+        .softmax(-1)
+    ),
+    "heads mixed by matmul": lambda q, k: (
+        (heads_last_of_all(scores(q, k)) @ (MIX.T @ MIX)).permute(0, 3, 1, 2).softmax(-1)
+    ),
+    "heads mixed by matmul from the left": lambda q, k: (
+        ((MIX.T @ MIX) @ scores(q, k).permute(0, 2, 1, 3)).transpose(1, 2).softmax(-1)
+    ),
+    "heads mixed by convolution": lambda q, k: F.conv2d(
+        scores(q, k), (MIX.T @ MIX)[:, :, None, None]
+    ).softmax(-1),
+    "by rows and columns": by_rows_and_columns,
+    "turned by rows and columns": turned_by_rows_and_columns,
+    "of all, with a dimension more": lambda q, k: (
+        scores(q, k)[:, :, None, ...].squeeze(2).softmax(-1)
+    ),
+    "absolute": lambda q, k: abs(scores(q, k)).softmax(-1),
+    "signs apart": cog,
+    "root with its sign": signed_root,
+    "rectified": lambda q, k: F.relu(scores(q, k)).softmax(-1),
+    "rectified in place": in_place(lambda x: x.relu_()),
+    "squared": lambda q, k: (scores(q, k) ** 2).softmax(-1),
     "weights renormalised": lambda q, k: (lambda w: w / w.detach().sum(-1, keepdim=True))(
         scores(q, k).softmax(-1) * split(ALIBI)
     ),
@@ -316,6 +411,11 @@ METHODS = {
     "maximum": (-SCALAR,),
     "minimum": (SCALAR,),
     "nan_to_num": (),
+    "abs": (),
+    "absolute": (),
+    "relu": (),
+    "square": (),
+    "pow": (2,),
     "half": (),
     "bfloat16": (),
     "double": (),
@@ -479,7 +579,9 @@ def test_masks_are_passed_and_padded_keys_found_in_them(mask, padded):
     check(model, *both_inputs(), hook=padded_oracle(True, real.numpy()))
 
 
-@pytest.mark.parametrize("product", ["bmm", "baddbmm", "reversed", "einsum"])
+@pytest.mark.parametrize(
+    "product", ["bmm", "baddbmm", "reversed", "einsum", "heads first", "rows and columns", "mixed"]
+)
 def test_padding_is_found_whatever_the_product(product):
     closed = WINDOW | PADDED_KEYS
     mask = bias(closed).expand(B, H, N, M)
@@ -495,6 +597,20 @@ def test_padding_is_found_whatever_the_product(product):
             .softmax(1)
             .permute(2, 3, 0, 1)
         ),
+        "heads first": lambda q, k: (
+            torch.einsum("rinhd,rjnhd->hnij", rows_first(q), rows_first(k))
+            .masked_fill(closed[:, 0], -1e4)
+            .softmax(-1)
+            .transpose(0, 1)
+        ),
+        "rows and columns": lambda q, k: (
+            scores(q, k)
+            .view(B, H, 3, 3, 1, M)
+            .masked_fill(PADDED_KEYS[:, :, None, None], -torch.inf)
+            .view(B, H, N, M)
+            .softmax(-1)
+        ),
+        "mixed": lambda q, k: mixed(scores(q, k)).masked_fill(closed, -torch.inf).softmax(-1),
     }[product]
     hook = padded_oracle(True, ~PADDED_KEYS.squeeze(2).numpy())
     check(ByHand(weigh).double(), *both_inputs(), hook=hook)
@@ -1164,6 +1280,11 @@ def test_a_layer_that_is_half_by_hand_is_scaled_at_both_halves():
         assert_far(*halves, names=["q_proj.weight"])
 
 
+KEYS, QUERIES = (
+    torch.linspace(-1, 1, size**2, dtype=torch.float64).view(size, size) for size in (M, N)
+)
+
+
 class Outer(nn.Module):
     """A layer around another one."""
 
@@ -1217,8 +1338,35 @@ def test_a_layer_inside_a_layer_and_the_outer_one_are_scaled_once_each(outer, in
         lambda x: x.softmax(1),
         lambda x: x.transpose(1, 2).reshape(B, N, H * M).softmax(-1).reshape(x.shape),
         lambda x: x.exp() / x.exp().sum(-1, keepdim=True),
+        lambda x: x.view(B, H, 3, 3, M, 1).softmax(-1).view(x.shape),
+        lambda x: x.view(B, H, 3, 3, M).softmax(3).view(x.shape),
+        lambda x: x.view(B, H, 3, 3, M).permute(0, 1, 4, 3, 2).reshape(B, H, M, N).softmax(2).mT,
+        lambda x: x.view(B, H * 3, 3 * M).softmax(-1).view(x.shape),
+        lambda x: torch.einsum("bhij,jk->bhik", x, KEYS).softmax(-1),
+        lambda x: torch.einsum("bhij,bhkj->bhik", x, KEYS.expand(B, H, M, M)).softmax(-1),
+        lambda x: F.linear(x, KEYS).softmax(-1),
+        lambda x: (x @ KEYS).softmax(-1),
+        lambda x: (QUERIES @ x).softmax(-1),
+        lambda x: F.conv2d(x, torch.ones(H, H, 3, 3).double(), padding=1).softmax(-1),
+        lambda x: x.cumsum(-1).softmax(-1),
     ],
-    ids=["of queries and keys", "of heads", "of heads and keys", "by hand"],
+    ids=[
+        "of queries and keys",
+        "of heads",
+        "of heads and keys",
+        "by hand",
+        "of the columns of keys",
+        "of the columns of queries",
+        "of columns before rows",
+        "of parts of queries and keys",
+        "of keys mixed by einsum",
+        "of keys mixed by einsum with what looks like a key",
+        "of keys mixed by linear",
+        "of keys mixed by matmul",
+        "of queries mixed by matmul",
+        "of neighbours mixed by convolution",
+        "of sums over keys",
+    ],
 )
 def test_another_normalisation_is_not_taken_for_attention(softmax):
     model = ByHand(lambda q, k: softmax(scores(q, k))).double()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spanopt.node import switch_on, switched_node
+from spanopt.taps.axes import PLAIN, Axes, in_order, permuted, reshaped, tail, turned
 from spanopt.taps.masks import Read, Tokens, allowed, allowed_by_fill, both, by_document, read
 from spanopt.taps.tap import Handler, Tap, other_sides
 from spanopt.taps.watcher import Watched, watch_node
@@ -45,12 +46,14 @@ class _Product(NamedTuple):
         right: The second.
         self_attention: Whether both were computed from the same input of the layer.
         swapped: Empty until a softmax tells; then whether the first operand are the keys.
+        of_inputs: Whether both were computed from inputs of the layer.
     """
 
     left: _Operand
     right: _Operand
     self_attention: bool
     swapped: list[bool]
+    of_inputs: bool
 
 
 class _Scores:
@@ -58,22 +61,29 @@ class _Scores:
 
     Attributes:
         products: The products that add up to the scores; empty after the softmax.
-        axes: Dimensions, counted from the end, of the left and of the right operand's tokens.
+        axes: The dimensions of the tokens of the left and of the right operand.
         read: The real tokens, left and right, as the masks met so far tell.
         widened: Further keys were put before the others: masks from here on do not fit.
+        signs: They are the signs of scores, which no gradient goes through.
     """
 
     def __init__(
         self,
         products: tuple[_Product, ...] = (),
-        axes: tuple[int, int] = (-2, -1),
+        axes: Axes = PLAIN,
         read: Read = None,
         widened: bool = False,
+        signs: bool = False,
     ) -> None:
         self.products = products
         self.axes = axes
         self.read = read
         self.widened = widened
+        self.signs = signs
+
+    def at(self, axes: Axes) -> _Scores:
+        """Return what is known of the same scores with the tokens in other dimensions."""
+        return _Scores(self.products, axes, self.read, self.widened, self.signs)
 
 
 _WEIGHTS = _Scores()
@@ -103,6 +113,9 @@ def _matmul(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     if len(args) != 2 or kwargs:
         return func(*args, **kwargs)
     left, right = args[::-1] if func is Tensor.__rmatmul__ else args
+    mixed = _mixed_by_product(tap, left, right)
+    if mixed is not None:
+        return _carry(tap, func(*args), mixed)
     if not _may_be_attention(tap, left, right):
         return func(*args)
     x, y = _as_multiplied(left, right)
@@ -137,45 +150,78 @@ def _einsum(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     equation, *operands = args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2:
+    terms = _terms(equation, *operands) if len(operands) == 2 else None
+    if terms is None:
         return func(*args, **kwargs)
     left, right = operands
-    orders = _orders(equation, left.ndim, right.ndim)
-    if orders is None or not _may_be_attention(tap, left, right):
+    mixed = _mixed_scores(tap, terms, left, right)
+    if mixed is not None:
+        return _carry(tap, func(*args, **kwargs), mixed)
+    layouts = _layouts(*terms)
+    if layouts is None or not _may_be_attention(tap, left, right):
         return func(*args, **kwargs)
-    left_order, right_order, axes = orders
-    product = _product(tap, left, right, left.permute(left_order), right.permute(right_order))
-    nodes = (
-        product.left.node.permute(_inverse(left_order)),
-        product.right.node.permute(_inverse(right_order)),
-    )
+    of_left, of_right, axes = layouts
+    product = _product(tap, left, right, of_left.lay_out(left), of_right.lay_out(right))
+    nodes = of_left.lay_back(product.left.node, left), of_right.lay_back(product.right.node, right)
     return _carry_product(tap, func(equation, *nodes), _Scores((product,), axes))
 
 
-def _orders(
-    equation: str, left_ndim: int, right_ndim: int
-) -> tuple[list[int], list[int], tuple[int, int]] | None:
-    """Return what permutes the operands of an einsum to (..., N, d), and the tokens' axes.
+def _terms(equation: Any, left: Any, right: Any) -> tuple[str, str, str] | None:
+    """Return the letters of both operands of an einsum and of its result.
 
-    ``None`` where the equation is no product of queries and keys: a batch of outer products over
-    tokens with one contracted dimension.
+    The dimensions of an ellipsis are named by digits, aligned at the last.
     """
+    if not all(isinstance(x, Tensor) for x in (left, right)) or not isinstance(equation, str):
+        return None
     inputs, arrow, out = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if not arrow or len(terms) != 2:
         return None
-    # The dimensions of an ellipsis are named by digits, aligned at the last.
     ellipses = [
-        "9876543210"[10 - (ndim - len(term.replace("...", ""))) :]
-        for term, ndim in zip(terms, (left_ndim, right_ndim), strict=True)
+        "9876543210"[10 - (x.ndim - len(term.replace("...", ""))) :]
+        for term, x in zip(terms, (left, right), strict=True)
     ]
-    left, right = (term.replace("...", dims) for term, dims in zip(terms, ellipses, strict=True))
-    out = out.replace("...", max(ellipses, key=len))
+    one, other = (term.replace("...", dims) for term, dims in zip(terms, ellipses, strict=True))
+    return one, other, out.replace("...", max(ellipses, key=len))
+
+
+class _Layout(NamedTuple):
+    """How an operand of an einsum becomes (B, ..., N, d).
+
+    Attributes:
+        groups: Its dimensions, in the order wanted; those of a group become one.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+
+    def lay_out(self, x: Tensor) -> Tensor:
+        """Return the operand as (B, ..., N, d): a view, unless dimensions become one."""
+        y = x.permute([i for group in self.groups for i in group])
+        for at, group in enumerate(self.groups):
+            if len(group) > 1:
+                y = y.flatten(at, at + len(group) - 1)
+        return y
+
+    def lay_back(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return such a tensor in the layout of the operand x."""
+        order = [i for group in self.groups for i in group]
+        if len(order) > len(self.groups):
+            y = y.reshape([x.shape[i] for i in order])
+        return y.permute([order.index(i) for i in range(len(order))])
+
+
+def _layouts(left: str, right: str, out: str) -> tuple[_Layout, _Layout, Axes] | None:
+    """Return how the operands of an einsum become (B, ..., N, d), and the axes of the tokens.
+
+    ``None`` where it is no product of queries and keys: a batch of outer products over tokens.
+    Several contracted dimensions are one set of features, such as those of all rows in attention
+    that is tied over the rows of an alignment.
+    """
     contracted = [c for c in left if c in right and c not in out]
     kept = [c for c in left + right if c not in contracted]
     repeated = any(len(set(term)) < len(term) for term in (left, right, out))
     batch = [c for c in left if c in right and c in out]
-    if len(contracted) != 1 or not batch or repeated or sorted(set(kept)) != sorted(out):
+    if not contracted or not batch or repeated or sorted(set(kept)) != sorted(out):
         return None
     tokens = []
     for own, other in ((left, right), (right, left)):
@@ -185,17 +231,77 @@ def _orders(
         if len(only) != 1:
             return None
         tokens.append(only[0])
-    orders = [
-        [term.index(c) for c in out if c in term and c != token]
-        + [term.index(token), term.index(contracted[0])]
-        for term, token in zip((left, right), tokens, strict=True)
-    ]
-    axes = (out.index(tokens[0]) - len(out), out.index(tokens[1]) - len(out))
-    return orders[0], orders[1], axes
+    rest = [c for c in out if c not in tokens]
+    heads = [c for c in rest if c in "hg"]
+    rows = [c for c in rest if c not in heads]
+    first = bool(heads and rows) and out.index(heads[0]) < out.index(rows[-1])
+    leading = [rows, heads] if first else [[c] for c in rest]
+    layouts = []
+    for term, token in zip((left, right), tokens, strict=True):
+        groups = [[c for c in group if c in term] for group in (*leading, [token], contracted)]
+        layouts.append(_Layout(tuple(tuple(map(term.index, group)) for group in groups if group)))
+    left_axes, right_axes, of_heads = (
+        tuple(out.index(c) - len(out) for c in group)
+        for group in (tokens[:1], tokens[1:], heads if first else [])
+    )
+    return layouts[0], layouts[1], (left_axes, right_axes, of_heads)
 
 
-def _inverse(order: list[int]) -> list[int]:
-    return [order.index(i) for i in range(len(order))]
+# Scores of several heads, mixed: each entry of the result is of the same query and key as before.
+
+
+def _mixed_scores(
+    tap: Tap, terms: tuple[str, str, str], left: Tensor, right: Tensor
+) -> _Scores | None:
+    """Return what is known of the scores that an einsum makes of others, if it does."""
+    own, other, out = terms
+    scores = _scores(tap, left)
+    if scores is None:
+        own, other, scores = other, own, _scores(tap, right)
+    elif _scores(tap, right) is not None:
+        return None
+    if scores is None or not scores.products:
+        return None
+    groups = [[own[axis + len(own)] for axis in group] for group in scores.axes]
+    if any(letter not in out for group in groups[:2] for letter in group):
+        return None
+    if groups[2]:
+        groups[2] = [c for c in out if c in groups[2] or (c in other and c not in own)]
+    of_left, of_right, heads = (tuple(out.index(c) - len(out) for c in group) for group in groups)
+    return scores.at((of_left, of_right, heads))
+
+
+def _mixed_by_product(tap: Tap, left: Any, right: Any) -> _Scores | None:
+    """Return what is known of the product of scores with a matrix of other dimensions."""
+    if not all(isinstance(x, Tensor) and x.ndim > 1 for x in (left, right)):
+        return None
+    for x, contracted in ((left, -1), (right, -2)):
+        scores = _scores(tap, x)
+        if scores is None or not scores.products:
+            continue
+        if contracted not in (*scores.axes[0], *scores.axes[1]):
+            return scores
+    return None
+
+
+def _linear(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Mix heads that are the last dimension."""
+    result = func(*args, **kwargs)
+    scores = _scores(tap, args[0])
+    if scores is not None and -1 not in (*scores.axes[0], *scores.axes[1]):
+        return _carry(tap, result, scores)
+    return result
+
+
+def _convolution(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Mix heads that are channels."""
+    result = func(*args, **kwargs)
+    scores, x, weight = _scores(tap, args[0]), *args[:2]
+    space = weight.ndim - 2
+    of_each_entry = weight.shape[2:].numel() == 1 and result.shape[-space:] == x.shape[-space:]
+    if scores is not None and of_each_entry and tail(scores.axes) <= space:
+        return _carry(tap, result, scores)
+    return result
 
 
 def _may_be_attention(tap: Tap, left: Any, right: Any) -> bool:
@@ -203,7 +309,11 @@ def _may_be_attention(tap: Tap, left: Any, right: Any) -> bool:
         return False
     for x in (left, right):
         scores = _scores(tap, x)
-        if scores is not None and not scores.products:  # the softmax's result, times the values
+        if scores is None:
+            continue
+        # The softmax's result, times the values; or scores, which are no queries. Queries may be a
+        # product themselves, such as one with a rotation, which no input is in.
+        if not scores.products or any(product.of_inputs for product in scores.products):
             return False
     if not tap.is_live():
         return False
@@ -234,7 +344,8 @@ def _product(tap: Tap, left: Tensor, right: Tensor, x: Tensor, y: Tensor) -> _Pr
     if tap.projects(x, y):
         of_x, of_y = other_sides(tap.method.setup, tap.site.name, x, y)
     operands = _operand(tap, x, of_left, of_x), _operand(tap, y, of_right, of_y)
-    return _Product(*operands, same, [])
+    streams = tap.streams()
+    return _Product(*operands, same, [], bool(streams.of(left) and streams.of(right)))
 
 
 def _operand(tap: Tap, x: Tensor, given: Tokens | None, other: Tensor | None) -> _Operand:
@@ -260,6 +371,7 @@ def _operand(tap: Tap, x: Tensor, given: Tokens | None, other: Tensor | None) ->
 def _elementwise(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     result = func(*args, **kwargs)
     found = [scores for scores in (_scores(tap, x) for x in args) if scores is not None]
+    found = [scores for scores in found if not scores.signs] or found
     if not found or not _keeps_axes(tap, result, args, found[0]):
         return result
     scores = found[0]
@@ -272,24 +384,44 @@ def _together(a: _Scores, b: _Scores) -> _Scores:
     """Return the sum of two scores, or of a tensor with itself."""
     if a is b:
         return a
-    if a.axes == b.axes[::-1]:  # one of the products is keys by queries
-        turned = tuple(
-            _Product(product.right, product.left, product.self_attention, [])
+    if a.axes == turned(b.axes):  # one of the products is keys by queries
+        swapped = tuple(
+            _Product(product.right, product.left, product.self_attention, [], product.of_inputs)
             for product in b.products
         )
-        b = _Scores(turned, a.axes, b.read and b.read[::-1], b.widened)
+        b = _Scores(swapped, a.axes, b.read and b.read[::-1], b.widened)
     if a.axes != b.axes:
         return a
-    return _Scores(a.products + b.products, a.axes, both(a.read, b.read), a.widened or b.widened)
+    new = [one for one in b.products if not any(one is product for product in a.products)]
+    products = (*a.products, *new)
+    return _Scores(products, a.axes, both(a.read, b.read), a.widened or b.widened)
 
 
-def _shaped_as(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Take the shape or the type of another tensor, which may be scores where this is none."""
+def _signs(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     result = func(*args, **kwargs)
     scores = _scores(tap, args[0])
-    if scores is not None and _keeps_axes(tap, result, args[:1], scores):
-        return _carry(tap, result, scores)
-    return result
+    if scores is None:
+        return result
+    signs = _Scores(scores.products, scores.axes, scores.read, scores.widened, signs=True)
+    return _carry(tap, result, signs)
+
+
+def _reshaped(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    result = func(*args, **kwargs)
+    scores = _scores(tap, args[0]) if args else None
+    if scores is None:
+        return result
+    axes = reshaped(scores.axes, args[0].shape, result.shape)
+    return result if axes is None else _carry(tap, result, scores.at(axes))
+
+
+def _getitem(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Take all of the scores, with further dimensions of size 1."""
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    for part in index:
+        if not (part is None or part is ... or (isinstance(part, slice) and part == slice(None))):
+            return func(*args, **kwargs)
+    return _reshaped(tap, func, *args, **kwargs)
 
 
 def _keeps_axes(tap: Tap, result: Any, args: Any, scores: _Scores) -> bool:
@@ -297,10 +429,8 @@ def _keeps_axes(tap: Tap, result: Any, args: Any, scores: _Scores) -> bool:
     if not isinstance(result, Tensor):
         return False
     x = next(x for x in args if _scores(tap, x) is scores)
-    if result.shape == x.shape:
-        return True
-    tail = -min(scores.axes)
-    return result.ndim >= tail and result.shape[-tail:] == x.shape[-tail:]
+    count = tail(scores.axes)
+    return result.ndim >= count and result.shape[-count:] == x.shape[-count:]
 
 
 def _add(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -369,9 +499,9 @@ def _mask(tap: Tap, x: Tensor, allowed: Tensor, source: Tensor) -> None:
         return
     if not any(side.switches for product in scores.products for side in product[:2]):
         return
-    allowed = allowed[(None,) * (x.ndim - allowed.ndim)].movedim(scores.axes, (-2, -1))
+    allowed = in_order(allowed, scores.axes, x.shape)
     left, right = (side.x.shape[-2] for side in scores.products[0][:2])
-    told = read(allowed[..., :left, :right], x.ndim)  # without keys that were appended
+    told = read(allowed[..., :left, :right], allowed.ndim)  # without keys that were appended
     _carry(tap, x, _Scores(scores.products, scores.axes, both(scores.read, told)))
 
 
@@ -393,8 +523,7 @@ def _permute(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         order[-1], order[-2] = ndim - 2, ndim - 1
     else:
         return result
-    axes = tuple(order.index(axis + ndim) - ndim for axis in scores.axes)
-    return _carry(tap, result, _Scores(scores.products, axes, scores.read, scores.widened))
+    return _carry(tap, result, scores.at(permuted(scores.axes, order)))
 
 
 def _get(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -429,12 +558,13 @@ def _softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     x, *rest = args
     dim = kwargs.get("dim", rest[0] if rest else None)
     axis = dim - x.ndim if isinstance(dim, int) and dim >= 0 else dim
-    if axis not in scores.axes:
+    sides = [group for group in scores.axes[:2] if group == (axis,)]
+    if not sides:
         return func(*args, **kwargs)
     for product in scores.products:
         # Where there are softmaxes over both axes, the first one tells which are the keys.
         if not product.swapped:
-            product.swapped.append(axis == scores.axes[0])
+            product.swapped.append(sides[0] is scores.axes[0])
         x, real = _switch_on(tap, x, product, scores.read)
     weights = func(x, *rest, **kwargs)
     if tap.watcher is not None:
@@ -474,16 +604,20 @@ _ELEMENTWISE = (
     "__mul__", "__rmul__", "__imul__", "__truediv__", "__itruediv__", "__idiv__", "__rsub__",
     "__neg__", "tanh", "tanh_", "clamp", "clamp_", "clip", "clamp_min", "clamp_max", "nan_to_num",
     "max", "maximum", "min", "minimum", "dropout", "dropout_", "float", "half", "bfloat16",
-    "double", "type", "contiguous", "clone", "view", "reshape", "expand", "unflatten", "flatten",
-    "unsqueeze", "squeeze",
+    "double", "type", "contiguous", "clone", "abs", "abs_", "absolute", "__abs__", "relu", "relu_",
+    "relu6", "leaky_relu", "elu", "gelu", "silu", "softplus", "sqrt", "square", "pow", "__pow__",
+    "log1p",
 )
-_SHAPED_AS = ("to", "type_as", "view_as", "reshape_as", "expand_as")
+_RESHAPED = (
+    "view", "reshape", "expand", "unflatten", "flatten", "unsqueeze", "squeeze", "to", "type_as",
+    "view_as", "reshape_as", "expand_as",
+)
 
 
 # Arguments that may be given by name, in the order in which functions have them.
 _NAMES = (
-    "condition", "tensors", "input", "other", "mat2", "batch1", "batch2", "dims", "dim0", "dim1",
-    "axis0", "axis1", "mask", "value",
+    "condition", "tensors", "input", "weight", "other", "mat2", "batch1", "batch2", "dims", "dim0",
+    "dim1", "axis0", "axis1", "mask", "value",
 )
 # fmt: on
 
@@ -513,7 +647,11 @@ def _with_scores(handler: Handler) -> Handler:
 
 _BY_NAME: dict[str, Handler] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
-    **dict.fromkeys(_SHAPED_AS, _shaped_as),
+    **dict.fromkeys(_RESHAPED, _reshaped),
+    **dict.fromkeys(("sign", "sgn"), _signs),
+    "linear": _linear,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
+    "__getitem__": _getitem,
     **dict.fromkeys(("matmul", "__matmul__", "__rmatmul__"), _matmul),
     **dict.fromkeys(("mm", "bmm", "baddbmm"), _bmm),
     "einsum": _einsum,
