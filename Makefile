@@ -2,8 +2,10 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
+# Two notices of the theme about the future of mkdocs, which is pinned here, are left out.
+SITE := NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true .venv/bin/mkdocs
 
-.PHONY: demo test soak docs study study-quick evidence bench performance lint clean
+.PHONY: demo test soak docs serve-docs models-table study study-quick evidence bench performance lint clean
 
 demo: .venv/demo.stamp
 	.venv/bin/python examples/train_text.py $(ARGS)
@@ -15,8 +17,15 @@ test: .venv/test-loops.stamp
 soak: .venv/test-loops.stamp
 	.venv/bin/python -m pytest -n 2 --soak tests/test_soak.py tests/test_fuzz.py $(ARGS)
 
+# The site, into site/; warnings are errors. `make serve-docs` shows it while it is written.
+docs: .venv/docs.stamp
+	$(SITE) build --quiet
+
+serve-docs: .venv/docs.stamp
+	$(SITE) serve
+
 # The table of tested models, from the tests that train them.
-docs: .venv/test-loops.stamp
+models-table: .venv/test-loops.stamp
 	.venv/bin/python -m pytest -n 2 tests/test_transformers.py tests/test_libraries.py \
 		--models-table docs/models.md
 
@@ -53,4 +62,4 @@ lint: .venv/dev.stamp
 	$(PYTHON) -m venv .venv
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -22,8 +22,8 @@ def page():
     lines = [
         "# Models that were tested",
         "",
-        "`make docs` generates this page from the tests. Each row was built from a small config",
-        "with random weights, wrapped, and trained for five steps. The forward outputs equalled",
+        "`make models-table` generates this page from the tests. Each row was built from a small",
+        "config with random weights, wrapped, and trained for five steps. The forward outputs equalled",
         "those of the bare model bit for bit, and the gradients of all parameters were compared",
         "with a reference that takes Q and K its own way and projects with an SVD. The error is",
         "the largest difference relative to the largest number in the same parameter's gradient.",

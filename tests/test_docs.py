@@ -1,5 +1,6 @@
 """The README's snippets run, and so does the loop that its diff leads to."""
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -94,3 +95,22 @@ def public_objects():
 @pytest.mark.parametrize(("name", "value"), list(public_objects()))
 def test_every_public_name_has_a_docstring_with_an_example(name, value):
     assert ">>> " in (inspect.getdoc(value) or ""), name
+
+
+def messages():
+    """Every string in the package, with braces in the place of what is filled in."""
+    for path in (ROOT / "spanopt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (x.value if isinstance(x, ast.Constant) else "{}" for x in node.values)
+                yield "".join(parts)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_every_error_message_that_is_explained_exists():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    known = "\n".join(messages())
+    explained = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    assert len(explained) > 15
+    assert [words for words in explained if words not in known] == []
