@@ -268,6 +268,20 @@ class SpanHooks:
         """
         return any(tap.entered for tap in self._taps if tap.site is site)
 
+    def is_attention(self, site: AttentionSite) -> bool:
+        """Return whether a layer is attention, as far as its code and its forward passes tell.
+
+        Args:
+            site: One of ``sites`` that is scaled.
+
+        Example:
+            >>> from torch import nn
+            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
+            >>> hooks.is_attention(hooks.sites[0])
+            True
+        """
+        return any(tap.is_attention() for tap in self._taps if tap.site is site)
+
     def hold(self, names: Iterable[str]) -> None:
         """Compute the projection in these layers whatever the scales are, as under a schedule.
 

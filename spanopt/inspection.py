@@ -119,7 +119,7 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
             seen = [
                 _inspected(site, None if site.query_length else _why_missed(hooks.has_run(site)))
                 for site in hooks.sites
-                if site.certain or site.query_length
+                if hooks.is_attention(site)
             ]
             return Inspection(tuple(seen), None)
     cause = f"{type(error).__name__}: {error}" if error else "no inputs could be made up for it"

@@ -163,8 +163,8 @@ def plan(
     scales = resolve_scales(request.scales, names)
     methods = request.methods(names)
     for site in sites:  # a layer that is asked for by name is attention
-        by_name = isinstance(request.scales, Mapping) and site.name in request.scales
-        site.certain = site.certain or by_name
+        site.asked = isinstance(request.scales, Mapping) and site.name in request.scales
+        site.certain = site.certain or site.asked
     if hooked is not None:
         sites = _new_sites(model, sites, hooked, parameters)
     scaled = [site for site in sites if scales[site.name] is not None]

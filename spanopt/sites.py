@@ -47,6 +47,8 @@ class AttentionSite:
             first forward pass tells.
         certain: Whether it is attention beyond doubt. A layer found only because its code
             multiplies matrices and takes a softmax is let go when its forward pass shows none.
+        asked: Whether the user gave this name for scaling, rather than a pattern: then the layer
+            is not let go.
         heads: Number of query heads; ``None`` until the first forward pass tells.
         kv_heads: Number of key heads, likewise.
         head_dim: Size d of a head, likewise.
@@ -64,6 +66,7 @@ class AttentionSite:
     module: nn.Module
     tap: str | None
     certain: bool = True
+    asked: bool = False
     heads: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None

@@ -1686,6 +1686,67 @@ def test_sigmoid_attention_is_an_error_that_names_it_and_the_layers_that_are_sca
         assert hooks.unseen() == []
 
 
+class Indexer(nn.Module):
+    """Chooses keys for each query by a product of its own, as in sparse attention."""
+
+    def __init__(self, width=H * D, trained=False):
+        super().__init__()
+        self.wq, self.wk = nn.Linear(width, D), nn.Linear(width, D)
+        self.trained = trained
+
+    def forward(self, x):
+        chosen = self.wq(x) @ self.wk(x).transpose(-2, -1)
+        return chosen.relu() if self.trained else chosen.detach().topk(5).indices
+
+
+class Indexed(ByHand):
+    def __init__(self, **options):
+        super().__init__(None)
+        self.indexer = Indexer(**options)
+
+    def forward(self, x, hook=None):
+        chosen = self.indexer(x)
+        if self.indexer.trained:
+            self.weigh = lambda q, k: (scores(q, k) + chosen[:, None]).softmax(-1)
+        else:
+            closed = torch.ones(len(x), 1, N, N, dtype=torch.bool).scatter(3, chosen[:, None], 0)
+            closed[..., 0] = False  # so that no key is closed to all
+            self.weigh = lambda q, k: scores(q, k).masked_fill(closed, -torch.inf).softmax(-1)
+        return super().forward(x, hook=hook)
+
+
+def test_an_indexer_that_returns_no_gradient_is_no_attention_that_must_be_scaled():
+    model, x = nn.Sequential(Indexed()).double(), tokens()
+    assert [site.name for site in find_attention(model)] == ["0", "0.indexer"]
+    check(model[0], x)
+    optimizer = SpanScaledOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, {"*": (2.0, 1.0)}
+    )
+    model(x).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        model(x)
+    model(x).sum().backward()
+    optimizer.step()
+
+
+def test_an_indexer_that_is_named_or_trained_must_be_scaled():
+    message = r"not scaled: layer '0.indexer' \(Indexer\); scaled: '0' \(Indexed\)"
+    model = nn.Sequential(Indexed()).double()
+    scales = {"*": SCALE, "0.indexer": (2.0, 1.0)}
+    with attach(model, scales), pytest.raises(UnscaledLayerError, match=message):
+        model(tokens())
+    model = nn.Sequential(Indexed(trained=True)).double()
+    with attach(model, SCALE), pytest.raises(UnscaledLayerError, match=message):
+        model(tokens())
+
+
+def test_a_frozen_layer_that_cannot_be_scaled_is_still_an_error():
+    model = nn.Sequential(Sigmoid()).double().requires_grad_(False)
+    with attach(model, SCALE), pytest.raises(UnscaledLayerError, match="not scaled: layer '0'"):
+        model(tokens(requires_grad=False))
+
+
 # torch.compile.
 
 

@@ -49,6 +49,8 @@ class Leave(Hook):
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
         """Leave the tap, also after an exception."""
+        if torch.is_grad_enabled():
+            self.tap.note_result(result)
         # Eagerly whatever the grad mode is by now, and whether or not the tap was entered: another
         # pre-hook, put before ours, may have raised an exception.
         if torch.is_grad_enabled() or thread.probing or not torch.compiler.is_compiling():

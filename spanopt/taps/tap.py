@@ -249,6 +249,8 @@ class Tap(TorchFunctionMode):
         called: Set when any attention call was made.
         multiplied: Set in a call when activations were multiplied as queries and keys may be.
         lost: Set when, after that, a softmax was taken of something else.
+        connected: Set when the layer returned something that gradients flow back through.
+        detached: Set when it could have, and returned only tensors that none flow back through.
         watcher: Who is told of Q, K and their gradients, just now.
         held: Set when the scales are moved by a schedule: see :meth:`spanopt.SpanHooks.hold`.
         checkpoints: Set while the layer runs a part of itself under activation checkpointing.
@@ -270,6 +272,8 @@ class Tap(TorchFunctionMode):
         self.called = False
         self.multiplied = False
         self.lost = False
+        self.connected = False
+        self.detached = False
         self.watcher: Watcher | None = None
         self.held = False
         self.removed = False
@@ -562,9 +566,26 @@ class Tap(TorchFunctionMode):
         assert call is not None
         return call.streams
 
+    def note_result(self, result: Any) -> None:
+        """Note whether gradients flow back through what the layer returned.
+
+        Args:
+            result: What its forward returned, with gradients on.
+        """
+        if _may_carry_gradient(result):
+            self.connected = True
+        elif any(parameter.requires_grad for parameter in self.site.module.parameters()):
+            self.detached = True
+
     def is_attention(self) -> bool:
-        """Whether the layer is attention: beyond doubt, or by what it did when it ran."""
-        return self.site.certain or self.called or self.lost
+        """Return whether the layer is attention: beyond doubt, or by what it did when it ran.
+
+        What no gradient flows back through has none to rescale, whatever it multiplies. An example
+        is an indexer, which chooses the keys for the attention layer that it is a part of.
+        """
+        if self.called or self.site.asked:
+            return True
+        return (self.site.certain or self.lost) and (self.connected or not self.detached)
 
     def refuse_vmap(self, *tensors: Tensor | None) -> None:
         """Refuse tensors that don't tell whether they take part in differentiation.
@@ -666,6 +687,24 @@ def _calls_of(module: nn.Module) -> int:
             calls += "_wrapped_call_impl" in name
             forwards += 1
     return calls or min(forwards, 1)
+
+
+def _may_carry_gradient(value: Any) -> bool:
+    """Return whether a result has a tensor with a gradient, or what cannot be looked into."""
+    pending, tensors = [value], 0
+    while pending:
+        one = pending.pop()
+        if isinstance(one, Tensor):
+            if one.requires_grad:
+                return True
+            tensors += 1
+        elif isinstance(one, dict):
+            pending += one.values()
+        elif isinstance(one, (tuple, list)):
+            pending += one
+        elif not (one is None or isinstance(one, (bool, int, float, str))):
+            return True
+    return not tensors
 
 
 def _itself(x: Tensor) -> Tensor:
