@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -375,6 +375,77 @@ SIZES = [
     for layers, width in ((3, 96), (4, 128))
 ]
 
+# The source's figure: at a fixed learning rate, from far below plain's best (0.011) to above it.
+LOW_RATES = (1e-3, 2e-3)
+RATES = tuple(5e-4 * 2**n for n in range(6))
+RATE_ARMS = {
+    "plain": HALF,
+    "(2, 1)": scaled(2, 1, HALF),
+    "uniform (2, 2)": scaled(2, 2, HALF),
+    "(1, 2)": scaled(1, 2, HALF),
+    "near-null (1.0001, 1)": scaled(NEAR_NULL, 1, HALF),
+    "(2, 1), pooled": scaled(2, 1, HALF, projection="pooled"),
+    "(1, 2), pooled": scaled(1, 2, HALF, projection="pooled"),
+    "(2, 1), feature": scaled(2, 1, HALF, projection="feature"),
+    "random subspace (2, 1)": scaled(2, 1, HALF, projection="random"),
+    "(3, 1)": scaled(3, 1, HALF),
+    "(1, 0.5)": scaled(1, 0.5, HALF),
+    "uniform (0.5, 0.5)": scaled(0.5, 0.5, HALF),
+}
+# The control that says what a gain is worth: plain training at a somewhat higher rate.
+RATE_FACTORS = (1.02, 1.05, 1.1, 1.2, 1.5)
+ALL_RATES = {f"plain, rate x {factor:g}": factor for factor in RATE_FACTORS}
+QK_RATES = {f"plain, Q and K's rate x {factor:g}": factor for factor in RATE_FACTORS}
+
+
+def at_rate(lr: float, name: str = "rate", steps: int = 300, seeds: int = 16) -> Experiment:
+    """Return the comparison at one fixed rate, with the equivalent-rate control at low ones."""
+    base = replace(HALF, steps=steps)
+    arms = {arm: replace(trial, steps=steps) for arm, trial in RATE_ARMS.items()}
+    factors: dict[str, float] = {}
+    if steps == HALF.steps and lr in LOW_RATES:
+        # The learning rate is set with the seed; until then it tells these arms from plain.
+        arms |= {arm: replace(base, lr=factor * lr) for arm, factor in ALL_RATES.items()}
+        arms |= {arm: replace(base, qk_lr=factor) for arm, factor in QK_RATES.items()}
+        factors = ALL_RATES
+    if steps != HALF.steps:
+        kept = ("plain", "(2, 1)", "uniform (2, 2)", "(1, 2)", "(2, 1), pooled", "(1, 2), pooled")
+        arms = {arm: arms[arm] for arm in kept}
+    return Experiment(
+        f"{name}-{lr:g}",
+        f"Does it help at a fixed learning rate of {lr:g}, for {steps} steps?",
+        arms,
+        "plain",
+        (lr,),
+        tuple(range(200, 200 + seeds)),
+        lr_factor=factors,
+    )
+
+
+AT_RATE = {lr: at_rate(lr) for lr in RATES}
+LONG_AT_RATE = [at_rate(lr, "long-rate", steps=2400, seeds=8) for lr in LOW_RATES]
+AT_LOW_RATE = [AT_RATE[lr] for lr in LOW_RATES]
+
+
+def in_order() -> Iterator[Experiment]:
+    """Return parts of the comparisons at fixed rates, in an order that was set beforehand.
+
+    What tells most comes first: low rates, the main arms and their control, half of the seeds.
+    """
+    main = ["plain", "(2, 1)", "uniform (2, 2)", "(1, 2)"]
+    pooled = ["(2, 1), pooled", "(1, 2), pooled"]
+    halves = (slice(0, 8), slice(8, 16))
+    for half in halves:
+        for arms in (main, [*ALL_RATES], pooled, [*QK_RATES]):
+            for e in AT_LOW_RATE:
+                yield e.part([*dict.fromkeys(["plain", *arms])], half)
+    rest = [AT_RATE[lr] for lr in (4e-3, 5e-4, 8e-3, 16e-3)]
+    for half in halves:
+        yield from (e.part(main, half) for e in rest)
+    yield from (e.part(RATE_ARMS, slice(0, 8)) for e in (*AT_LOW_RATE, *rest))
+    yield from (*AT_RATE.values(), *LONG_AT_RATE)
+
+
 QUICK = Experiment(
     "quick",
     "A small part, at one learning rate, in minutes.",
@@ -393,6 +464,7 @@ GROUPS = {
     "rivals": [RIVALS],
     "tasks": TASKS,
     "sizes": [*SIZES[:1], *PROTOTYPES, *SIZES[1:]],
+    "rates": [*AT_RATE.values(), *LONG_AT_RATE],
 }
 # The comparisons of (2, 1) with plain in other settings than the first.
 SETTINGS = [SUBWORDS, *HEAD_DIMS, *LENGTHS, *OPTIMIZERS, *TASKS, *SIZES]
@@ -451,6 +523,14 @@ def text_of(args: argparse.Namespace) -> Text:
     return Text.read(args.text_name or train.name, train, args.valid_text)
 
 
+def to_run(names: Sequence[str]) -> list[Experiment]:
+    """Return what to run for groups and experiments by name, parts of an experiment included."""
+    found: list[Experiment] = []
+    for name in names or GROUPS:
+        found += in_order() if name == "rates" else chosen([name])
+    return found
+
+
 def chosen(names: Sequence[str]) -> list[Experiment]:
     """Return the experiments of groups and experiments by name."""
     found: list[Experiment] = []
@@ -499,7 +579,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             text = text_of(args)
             store.check_text(text)
-            run_experiments(chosen(args.names), store, text, args.workers)
+            run_experiments(to_run(args.names), store, text, args.workers)
     except (OSError, ValueError, LookupError, RuntimeError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2

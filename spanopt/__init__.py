@@ -1,7 +1,8 @@
 """Span-scaled attention gradients for any PyTorch optimizer and any transformer."""
 
 from spanopt.errors import UnscaledLayerError
-from spanopt.hooks import SpanHooks, attach
+from spanopt.hooks import SpanHooks
+from spanopt.installing import attach
 from spanopt.monitor import SpanMonitor
 from spanopt.node import span_node
 from spanopt.optimizer import SpanScaledOptimizer

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from spanopt.compiling import keep_eager_taps_eager, let_compiled_code_notice_hooks
 from spanopt.errors import no_attention_called, not_scaled_since_step
 from spanopt.node import Method
-from spanopt.plan import (
-    LayerPlan,
-    ProjectionLike,
-    QKModules,
-    Request,
-    Scales,
-    claim,
-    plan,
-    refuse_unknown,
-    release,
-)
+from spanopt.plan import LayerPlan, claim, release
+from spanopt.probing import run_once
 from spanopt.scale import SpanGroup, SpanScale, scales_of
-from spanopt.sites import AttentionSite, unwrap
+from spanopt.sites import AttentionSite
 from spanopt.table import table
 from spanopt.taps import HANDLERS
 from spanopt.taps.module_hooks import Enter, Leave, Output, drop_inert, no_hook
@@ -32,11 +22,11 @@ from spanopt.taps.projection import ProjectionTap
 from spanopt.taps.tap import Tap, remove_stale, thread
 from spanopt.taps.watcher import Watcher
 
-__all__ = ["SpanHooks", "attach", "install"]
+__all__ = ["SpanHooks"]
 
 
 class SpanHooks:
-    """The taps installed on one model; what :func:`attach` returns.
+    """The taps installed on one model; what :func:`spanopt.attach` returns.
 
     A context manager: on leaving, the model is as it was before.
 
@@ -46,6 +36,7 @@ class SpanHooks:
 
     Example:
         >>> from torch import nn
+        >>> from spanopt import attach
         >>> model = nn.TransformerEncoderLayer(8, nhead=2)
         >>> with attach(model, SpanScale(2.0)) as hooks:
         ...     hooks.groups
@@ -78,6 +69,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
+            >>> from spanopt.plan import Request, plan
             >>> hooks = SpanHooks(on_missing="error")
             >>> hooks.add(plan(nn.TransformerEncoderLayer(8, nhead=2), Request({"*": (2.0, 1.0)})))
             >>> hooks.unseen()
@@ -132,6 +124,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
+            >>> from spanopt import attach
             >>> model = nn.TransformerEncoderLayer(8, nhead=2)
             >>> hooks = attach(model, SpanScale(2.0))
             >>> hooks.drop([model.self_attn])
@@ -163,6 +156,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
+            >>> from spanopt import attach
             >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).unseen()
             ['self_attn']
         """
@@ -181,6 +175,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
+            >>> from spanopt import attach
             >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).forget()
         """
         for tap in self._taps:
@@ -196,6 +191,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
+            >>> from spanopt import attach
             >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).check()
             Traceback (most recent call last):
             ...
@@ -215,7 +211,8 @@ class SpanHooks:
 
         Args:
             model: The model.
-            example_inputs: As in :func:`attach`.
+            example_inputs: A tuple of positional arguments, a dict of keyword arguments, or one
+                argument.
 
         Raises:
             UnscaledLayerError: A scaled layer calls no attention, and ``on_missing`` is
@@ -223,36 +220,21 @@ class SpanHooks:
 
         Example:
             >>> import torch
+            >>> from spanopt import attach
             >>> model = torch.nn.TransformerEncoderLayer(8, nhead=2)
             >>> hooks = attach(model, SpanScale(2.0))
             >>> hooks.probe(model, torch.randn(5, 1, 8))
             >>> hooks.sites[0].query_length
             5
         """
-        buffers = [
-            (module, name, buffer, buffer.clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        args: tuple[Any, ...] = (example_inputs,)
-        kwargs: dict[str, Any] = {}
-        if isinstance(example_inputs, tuple):
-            args = example_inputs
-        elif isinstance(example_inputs, Mapping):
-            args, kwargs = (), dict(example_inputs)
         try:
             thread.probing = True
-            with torch.random.fork_rng(), torch.enable_grad():
-                model(*args, **kwargs)
+            run_once(model, example_inputs)
             if self._on_missing == "error":
                 _check_called(self._taps, only_entered=False)
         finally:
             thread.probing = False
             self.forget()
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    module._buffers[name] = buffer.copy_(value)
 
     def has_run(self, site: AttentionSite) -> bool:
         """Return whether a layer has run while it was hooked.
@@ -262,6 +244,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
+            >>> from spanopt import attach
             >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
             >>> hooks.has_run(hooks.sites[0])
             False
@@ -293,6 +276,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
+            >>> from spanopt import attach
             >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).hold(["self_attn"])
         """
         names = set(names)
@@ -309,6 +293,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
+            >>> from spanopt import attach
             >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).watch(None)
         """
         for tap in self._taps:
@@ -322,6 +307,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
+            >>> from spanopt import attach
             >>> list(attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).state_dict())
             ['span_groups']
         """
@@ -339,6 +325,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
+            >>> from spanopt import attach
             >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
             >>> hooks.load_state_dict(hooks.state_dict())
         """
@@ -363,6 +350,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
+            >>> from spanopt import attach
             >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
             >>> hooks.set_scales({"self_attn": SpanScale(3.0, 1.0)})
         """
@@ -381,6 +369,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
+            >>> from spanopt import attach
             >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
             >>> hooks.remove()
         """
@@ -404,114 +393,6 @@ class SpanHooks:
 
     def __repr__(self) -> str:
         return table(self.sites, self.groups)
-
-
-def attach(
-    model: nn.Module,
-    scales: Scales = None,
-    *,
-    ridge: float | None = None,
-    on_missing: str = "error",
-    qk_modules: QKModules = None,
-    example_inputs: Any = None,
-    parameters: Iterable[Tensor] | None = None,
-    projection: ProjectionLike = "span",
-    preserve_norm: bool | Mapping[str, bool] = False,
-    **unknown: NoReturn,
-) -> SpanHooks:
-    """Rescale the attention gradients of a model by span, without an optimizer.
-
-    For frameworks that build their own optimizer; otherwise use
-    :class:`~spanopt.SpanScaledOptimizer`. Forward values do not change. The hooks stay on the model
-    until :meth:`SpanHooks.remove`, whether or not the returned object is kept. The first call in a
-    process sets ``torch._dynamo.config.skip_nnmodule_hook_guards`` to false and drops code compiled
-    until then, so that compiled code and hooks never pass each other by.
-
-    Args:
-        model: Any module with attention layers that :func:`~spanopt.find_attention` finds.
-        scales: Scales by layer name or pattern, see :func:`~spanopt.scale.resolve_scales`; one
-            :class:`~spanopt.SpanScale` for all. Left out it is ``{"*": SpanScale()}``, which
-            changes nothing until the scales are edited, and says so in a warning.
-        ridge: As in :func:`~spanopt.project`.
-        on_missing: What to do about a layer that was asked for and turns out not to be scaled:
-            ``"error"``, ``"warn"`` or ``"ignore"``.
-        qk_modules: Where Q and K are in layers whose attention can't be seen, such as one in a
-            kernel of its own, by layer name or pattern:
-            ``{"blocks.0.attn": {"query": "wq", "key": "wk", "num_heads": 8}}``. See
-            :func:`~spanopt.taps.projection.projections_of` for fused outputs.
-        example_inputs: Inputs for one forward pass that checks now what only a forward pass can
-            tell: a tuple of positional arguments, a dict of keyword arguments, or one argument.
-            Random state and the values of buffers are restored after it.
-        parameters: What will be trained. When given, a scaled layer that has trainable parameters
-            and none of them here is an error.
-        projection: What counts as the parallel part: the name of a setup of :mod:`spanopt.setups`
-            or a function of that kind, for all layers or by layer name or pattern.
-        preserve_norm: Whether a rescaled gradient gets the norm of the given one, for each sequence
-            and head; likewise.
-
-    Returns:
-        The hooks.
-
-    Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: No attention layer, a key that matches none, a bad scale or ridge, or a layer
-            that another attachment scales already.
-        UnscaledLayerError: With ``example_inputs``, a layer that calls no attention.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
-        >>> x = torch.randn(5, 1, 8)
-        >>> with attach(model, {"*": SpanScale(parallel=2.0, violation=1.0)}):
-        ...     model(x, x, x)[0].sum().backward()
-    """
-    refuse_unknown("attach", unknown)
-    request = Request(scales, ridge, on_missing, qk_modules, projection, preserve_norm)
-    return install(model, request, example_inputs=example_inputs, parameters=parameters)
-
-
-def install(
-    model: nn.Module,
-    request: Request,
-    *,
-    example_inputs: Any = None,
-    parameters: Iterable[Tensor] | None = None,
-) -> SpanHooks:
-    """Install the taps that a request asks for: what :func:`attach` does with its arguments.
-
-    Args:
-        model: Any module with attention layers.
-        request: What the user asks for.
-        example_inputs: Inputs for one forward pass: a tuple of positional arguments, a dict of
-            keyword arguments, or one argument. ``None`` for no forward pass.
-        parameters: What will be trained; ``None`` if that is not known.
-
-    Returns:
-        The hooks.
-
-    Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: No attention layer, a key that matches none, a bad scale or ridge, or a layer
-            that another attachment scales already. Nothing is installed then.
-        UnscaledLayerError: With ``example_inputs``, a layer that calls no attention.
-
-    Example:
-        >>> hooks = install(nn.TransformerEncoderLayer(8, nhead=2), Request(SpanScale(2.0)))
-        >>> hooks.unseen()
-        ['self_attn']
-    """
-    layers = plan(model, request, parameters=parameters)
-    hooks = SpanHooks(request.on_missing, unwrap(model))
-    try:
-        hooks.add(layers)
-        let_compiled_code_notice_hooks()
-        keep_eager_taps_eager(Tap, ProjectionTap)
-        if example_inputs is not None:
-            hooks.probe(model, example_inputs)
-    except BaseException:
-        hooks.remove()
-        raise
-    return hooks
 
 
 class _CheckCalled:

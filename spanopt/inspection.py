@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spanopt.hooks import attach
+from spanopt.installing import attach
 from spanopt.scale import SpanScale
 from spanopt.sites import AttentionSite, find_attention, unwrap
 from spanopt.table import aligned, described

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spanopt.checkpoint import extended, take_parameters, take_scales
-from spanopt.hooks import SpanHooks, install
+from spanopt.hooks import SpanHooks
+from spanopt.installing import install
 from spanopt.plan import ProjectionLike, QKModules, Request, Scales, plan, refuse_unknown
 from spanopt.scale import SpanGroup, SpanScale
 from spanopt.taps.tap import remove_stale

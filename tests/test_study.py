@@ -19,13 +19,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import study  # noqa: E402
 from harness.experiment import Experiment  # noqa: E402
-from harness.optimizers import OPTIMIZERS  # noqa: E402
+from harness.optimizers import OPTIMIZERS, build_optimizers  # noqa: E402
 from harness.report import Report, in_words  # noqa: E402
 from harness.runner import run_experiments  # noqa: E402
 from harness.statistics import adjusted, compare  # noqa: E402
 from harness.store import Store  # noqa: E402
 from harness.tasks import TASKS, Text, build_task  # noqa: E402
-from harness.training import random_subspace, run_trial  # noqa: E402
+from harness.training import raise_qk_rate, random_subspace, run_trial  # noqa: E402
 from harness.trial import Trial  # noqa: E402
 
 from spanopt import SpanScale  # noqa: E402
@@ -192,6 +192,56 @@ def test_a_gradient_is_scaled_on_one_of_its_ways_only(path):
     earlier = "blocks.0.mlp.0.weight"
     same = torch.allclose(scaled[earlier], plain[earlier], rtol=1e-5)
     assert same == (path == "weights")
+
+
+def test_a_rate_of_their_own_for_queries_and_keys_is_that_of_adamw():
+    weights = {}
+    for lr, qk_lr in ((8e-3, 1.5), (8e-3, 1.0), (12e-3, 1.0)):
+        trial = replace(TINY, lr=lr, qk_lr=qk_lr)
+        torch.manual_seed(0)
+        model = build_task(trial, TEXT).model
+        (optimizer,) = build_optimizers(trial, model)
+        raise_qk_rate(optimizer, model, trial)
+        for step in range(4):
+            torch.manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        weights[lr, qk_lr] = dict(model.named_parameters())
+    mixed, plain, higher = weights.values()
+    for name, weight in mixed.items():
+        rows = 2 * TINY.width if "qkv" in name else 0
+        torch.testing.assert_close(weight[:rows], higher[name][:rows])
+        assert torch.equal(weight[rows:], plain[name][rows:])
+
+
+def test_a_rate_of_their_own_is_refused_where_it_would_not_be_exact():
+    trial = replace(TINY, qk_lr=1.5, optimizer="Muon")
+    with pytest.raises(ValueError, match="exact for AdamW alone, not for Muon"):
+        run_trial(trial, TEXT)
+
+
+def test_an_arm_may_train_at_a_multiple_of_its_rate(tmp_path):
+    e = experiment(lrs=(4e-3,), lr_factor={"(2, 1)": 1.1})
+    store = Losses(lambda trial: trial.lr)
+    store.run(e)
+    assert Report({"all": [e]}, store).change(e, "(2, 1)").mean == pytest.approx(10)
+
+
+def test_the_order_of_the_comparison_at_fixed_rates_misses_nothing():
+    whole, parts = Losses(lambda trial: 1.0), Losses(lambda trial: 1.0)
+    for e in study.GROUPS["rates"]:
+        whole.run(e)
+    for e in study.to_run(["rates"]):
+        parts.run(e)
+    assert parts.asked == whole.asked
+    others = {
+        seed
+        for name, e in study.EXPERIMENTS.items()
+        if e not in study.GROUPS["rates"]
+        for seed in (*e.seeds, *e.tuning_seeds)
+    }
+    assert not others & {trial.seed for trial in whole.asked}
 
 
 def test_the_random_subspace_is_a_projection_of_the_spans_dimension():

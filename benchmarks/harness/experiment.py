@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from harness.store import Store
@@ -37,6 +37,7 @@ class Experiment:
         lr_of: For an arm that is not tuned by itself, the arm whose rate it takes.
         baselines: For an arm that is compared with another one than ``baseline``, that one.
         fewer: For an arm that is compared on the first of ``seeds`` only, how many.
+        lr_factor: For an arm that trains at a multiple of its learning rate, the factor.
     """
 
     name: str
@@ -49,6 +50,11 @@ class Experiment:
     lr_of: Mapping[str, str] = field(default_factory=dict)
     baselines: Mapping[str, str] = field(default_factory=dict)
     fewer: Mapping[str, int] = field(default_factory=dict)
+    lr_factor: Mapping[str, float] = field(default_factory=dict)
+
+    def part(self, arms: Iterable[str], seeds: slice) -> Experiment:
+        """Return the same experiment with some arms and some seeds only, to be run first."""
+        return replace(self, arms={arm: self.arms[arm] for arm in arms}, seeds=self.seeds[seeds])
 
     def baseline_of(self, arm: str) -> str:
         """Return the name of the arm that one is compared with."""
@@ -99,6 +105,9 @@ class Experiment:
 
     def best_lr(self, arm: str, store: Store) -> float | None:
         """Return the learning rate chosen for an arm, ``None`` while it is not known."""
+        factor = self.lr_factor.get(arm)
+        if factor is not None:
+            return float(f"{factor * self.lrs[0]:.6g}")
         arm = self.lr_of.get(arm, arm)
         if len(self.lrs) == 1:
             return self.lrs[0]

@@ -48,6 +48,8 @@ def run_trial(trial: Trial, text: Text) -> dict[str, Any]:
         # the first one has the parameters of the attention layers
         stepped[0] = wrap(optimizers[0], task.model, trial)
         schedulers += scale_schedulers(stepped[0], trial)
+    if trial.qk_lr != 1.0:
+        raise_qk_rate(optimizers[0], task.model, trial)
     averaged = [optimizer for optimizer in optimizers if hasattr(optimizer, "eval")]
     for optimizer in averaged:
         optimizer.train()
@@ -143,6 +145,35 @@ def learning_rates(optimizer: torch.optim.Optimizer, trial: Trial) -> Any:
         return min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / trial.steps)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def raise_qk_rate(optimizer: torch.optim.Optimizer, model: nn.Module, trial: Trial) -> None:
+    """Give the rows of Q and K in each ``qkv`` layer a rate of their own.
+
+    AdamW's update, weight decay included, is proportional to its rate. So the change that a step
+    made to these rows is multiplied afterwards, which is the same as a rate multiplied before.
+    """
+    if trial.optimizer != "AdamW":
+        raise ValueError(f"qk_lr is exact for AdamW alone, not for {trial.optimizer}")
+    rows = [
+        parameter[: 2 * trial.width]
+        for name, parameter in model.named_parameters()
+        if name.endswith(("qkv.weight", "qkv.bias"))
+    ]
+    if not rows:
+        raise ValueError(f"no layer of task {trial.task!r} is named qkv")
+    before: list[Tensor] = []
+
+    def keep(*_: Any) -> None:
+        before[:] = [row.detach().clone() for row in rows]
+
+    @torch.no_grad()
+    def multiply(*_: Any) -> None:
+        for row, old in zip(rows, before, strict=True):
+            row.add_(row - old, alpha=trial.qk_lr - 1)
+
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(multiply)
 
 
 def scale_schedulers(optimizer: SpanScaledOptimizer, trial: Trial) -> Iterable[SpanScheduler]:

@@ -19,6 +19,7 @@ class Trial:
     Attributes:
         seed: Of the initial weights and of the batches.
         lr: Peak learning rate of AdamW, or of whatever ``optimizer`` is.
+        qk_lr: Factor on that rate for the weights of Q and K alone.
         parallel: Factor of the parallel span.
         violation: Factor of the span violation. With both 1 nothing is wrapped.
         side: ``"both"``, ``"query"`` or ``"key"``: what is scaled.
@@ -68,6 +69,7 @@ class Trial:
     layers: int = 2
     width: int = 64
     heads: int = 2
+    qk_lr: float = 1.0
 
     @property
     def scaled(self) -> bool:

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from spanopt.hooks import SpanHooks, install
+from spanopt.hooks import SpanHooks
+from spanopt.installing import install
 from spanopt.plan import Request
 from spanopt.scheduler import Schedule, SpanScheduler
 
