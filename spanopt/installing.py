@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor, nn
 
 from spanopt.compiling import keep_eager_taps_eager, let_compiled_code_notice_hooks
 from spanopt.hooks import SpanHooks
-from spanopt.plan import ProjectionLike, QKModules, Request, Scales, plan, refuse_unknown
+from spanopt.plan import ProjectionLike, QKModules, Request, Scales, plan
+from spanopt.renaming import renamed
 from spanopt.sites import unwrap
 from spanopt.taps.projection import ProjectionTap
 from spanopt.taps.tap import Tap
@@ -17,6 +18,7 @@ from spanopt.taps.tap import Tap
 __all__ = ["attach", "install"]
 
 
+@renamed(projections="qk_modules")
 def attach(
     model: nn.Module,
     scales: Scales = None,
@@ -28,7 +30,6 @@ def attach(
     parameters: Iterable[Tensor] | None = None,
     projection: ProjectionLike = "span",
     preserve_norm: bool | Mapping[str, bool] = False,
-    **unknown: NoReturn,
 ) -> SpanHooks:
     """Rescale the attention gradients of a model by span, without an optimizer.
 
@@ -79,7 +80,6 @@ def attach(
         >>> with attach(model, {"*": SpanScale(parallel=2.0, violation=1.0)}):
         ...     model(x, x, x)[0].sum().backward()
     """
-    refuse_unknown("attach", unknown)
     request = Request(scales, ridge, on_missing, qk_modules, projection, preserve_norm)
     return install(model, request, example_inputs=example_inputs, parameters=parameters)
 

@@ -6,7 +6,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from spanopt.checkpoint import extended, take_parameters, take_scales
 from spanopt.hooks import SpanHooks
 from spanopt.installing import install
-from spanopt.plan import ProjectionLike, QKModules, Request, Scales, plan, refuse_unknown
+from spanopt.plan import ProjectionLike, QKModules, Request, Scales, plan
+from spanopt.renaming import renamed
 from spanopt.scale import SpanGroup, SpanScale
 from spanopt.taps.tap import remove_stale
 
@@ -101,6 +102,7 @@ class SpanScaledOptimizer(Optimizer):
         >>> optimizer.zero_grad()
     """
 
+    @renamed(projections="qk_modules")
     def __init__(
         self,
         optimizer: Optimizer,
@@ -113,9 +115,7 @@ class SpanScaledOptimizer(Optimizer):
         example_inputs: Any = None,
         projection: ProjectionLike = "span",
         preserve_norm: bool | Mapping[str, bool] = False,
-        **unknown: NoReturn,
     ) -> None:
-        refuse_unknown(type(self).__name__, unknown)
         request = Request(scales, ridge, on_missing, qk_modules, projection, preserve_norm)
         self._wrap(optimizer, model, request, example_inputs)
 

@@ -27,7 +27,6 @@ __all__ = [
     "Scales",
     "claim",
     "plan",
-    "refuse_unknown",
     "release",
 ]
 
@@ -185,27 +184,6 @@ def claim(module: nn.Module) -> None:
 def release(module: nn.Module) -> None:
     """Note that a layer carries a tap no more."""
     _claimed.discard(module)
-
-
-def refuse_unknown(function: str, unknown: Mapping[str, Any]) -> None:
-    """Refuse keyword arguments that a function does not have, with the new name of an old one.
-
-    Args:
-        function: The name of the function, for the error.
-        unknown: The keyword arguments that it does not have.
-
-    Raises:
-        TypeError: There is one.
-
-    Example:
-        >>> refuse_unknown("attach", {"projections": {}})
-        Traceback (most recent call last):
-        ...
-        TypeError: attach() has no argument 'projections'; its name is now qk_modules
-    """
-    for name in unknown:
-        now = "; its name is now qk_modules" if name == "projections" else ""
-        raise TypeError(f"{function}() has no argument {name!r}{now}")
 
 
 def _per_layer(

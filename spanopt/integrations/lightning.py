@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from spanopt.hooks import SpanHooks
 from spanopt.integrations.run import MakeSchedule, Run
-from spanopt.plan import ProjectionLike, QKModules, Request, Scales, refuse_unknown
+from spanopt.plan import ProjectionLike, QKModules, Request, Scales
+from spanopt.renaming import renamed
 from spanopt.scheduler import SpanScheduler
 
 __all__ = ["SpanScaledCallback"]
@@ -60,6 +61,7 @@ class SpanScaledCallback(Callback):
         >>> Trainer(max_steps=100, callbacks=[callback]).fit(module, data)  # doctest: +SKIP
     """
 
+    @renamed(projections="qk_modules")
     def __init__(
         self,
         scales: Scales = None,
@@ -72,9 +74,7 @@ class SpanScaledCallback(Callback):
         parameters: Iterable[Tensor] | None = None,
         projection: ProjectionLike = "span",
         preserve_norm: bool | Mapping[str, bool] = False,
-        **unknown: NoReturn,
     ) -> None:
-        refuse_unknown(type(self).__name__, unknown)
         request = Request(scales, ridge, on_missing, qk_modules, projection, preserve_norm)
         self._run = Run(request, schedule, example_inputs=example_inputs, parameters=parameters)
         self._loaded: dict[str, Any] | None = None

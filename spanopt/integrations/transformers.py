@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from spanopt.hooks import SpanHooks
 from spanopt.integrations.run import MakeSchedule, Run
-from spanopt.plan import ProjectionLike, QKModules, Request, Scales, refuse_unknown
+from spanopt.plan import ProjectionLike, QKModules, Request, Scales
+from spanopt.renaming import renamed
 from spanopt.scale import SpanScale
 from spanopt.scheduler import SpanScheduler
 
@@ -63,6 +64,7 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
     saved: dict[str, Any] | None = None
     """Set by a Trainer that makes the callback anew; what counts is its own state."""
 
+    @renamed(projections="qk_modules")
     def __init__(
         self,
         scales: Scales = None,
@@ -75,9 +77,7 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
         parameters: Iterable[Tensor] | None = None,
         projection: ProjectionLike = "span",
         preserve_norm: bool | Mapping[str, bool] = False,
-        **unknown: NoReturn,
     ) -> None:
-        refuse_unknown(type(self).__name__, unknown)
         # The Trainer keeps the dicts in its checkpoints: a later change must not reach them.
         if isinstance(qk_modules, Mapping):
             qk_modules = {layer: dict(spec) for layer, spec in qk_modules.items()}
