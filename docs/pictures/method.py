@@ -36,13 +36,29 @@ def draw(path: Path) -> None:
     low, high = -0.25, 1.9
     corners = [low * a + low * b, high * a + low * b, high * a + 1.25 * b, low * a + 1.25 * b]
     axes.add_patch(Polygon(corners, facecolor=BLUE, alpha=0.12, edgecolor=BLUE, linewidth=0.8))
-    axes.annotate("the span: all that the columns of Q add up to", corners[1], (-14, 22),
-                  textcoords="offset points", color=BLUE, ha="right", fontsize=9)  # fmt: skip
+    axes.annotate(
+        "the span: all that the columns of Q add up to",
+        corners[1],
+        (-14, 22),
+        textcoords="offset points",
+        color=BLUE,
+        ha="right",
+        fontsize=9,
+    )
 
     def arrow(start: np.ndarray, end: np.ndarray, colour: str, style: str = "-") -> None:
         axes.add_patch(
-            FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=15, color=colour,
-                            linewidth=2, linestyle=style, shrinkA=0, shrinkB=0)  # fmt: skip
+            FancyArrowPatch(
+                start,
+                end,
+                arrowstyle="-|>",
+                mutation_scale=15,
+                color=colour,
+                linewidth=2,
+                linestyle=style,
+                shrinkA=0,
+                shrinkB=0,
+            )
         )
 
     arrow(origin, points["rescaled"], GREEN)
