@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections.abc import Iterable
 
 from spanopt.sites import AttentionSite
 
-__all__ = ["BY_HAND", "UnscaledLayerError", "no_attention_called", "not_scaled_since_step"]
+__all__ = [
+    "BY_HAND",
+    "UnscaledLayerError",
+    "no_attention_called",
+    "not_scaled_since_step",
+    "what_was_seen",
+]
 
 BY_HAND = (
     "To say where Q and K are, pass qk_modules={layer: {'query': ..., 'key': ..., 'num_heads': "
@@ -44,37 +52,107 @@ def no_attention_called(
         missing: The layers that are not scaled.
         scaled: The layers that are.
     """
-    missing = list(missing)
+    missing, scaled = list(missing), list(scaled)
     return UnscaledLayerError(
         f"not scaled: layer{'s' if len(missing) > 1 else ''} {_listed(missing)}; scaled: "
-        f"{_listed(scaled)}. A layer that is not scaled called no attention that can be seen: "
-        "neither torch.nn.functional.scaled_dot_product_attention nor "
-        "multi_head_attention_forward, nor a product of Q and K that a softmax is taken of. "
-        "flex_attention and other kernels can't be seen into. "
-        f"{BY_HAND}. If a layer is to be left alone, give it the scale None; if it skips "
+        f"{_listed(scaled)}. {_seen_in(missing)}{_advice(missing, scaled)}. If a layer skips "
         "attention on purpose, pass on_missing='warn' or 'ignore'"
     )
 
 
+def what_was_seen(site: AttentionSite) -> str:
+    """Return what the last forward pass of a layer did in place of attention that can be seen.
+
+    Args:
+        site: A layer that has run and is not scaled.
+
+    Returns:
+        Words that go on from the name of the layer.
+
+    Example:
+        >>> from torch import nn
+        >>> what_was_seen(AttentionSite("attn", nn.Identity(), None, lost_at="pad"))
+        'multiplied what may be Q and K, and their product was lost ... a softmax: at pad'
+    """
+    if site.lost_at is not None:
+        return (
+            "multiplied what may be Q and K, and their product was lost on its way to a softmax: "
+            f"at {site.lost_at}"
+        )
+    if site.takes_softmax:
+        return (
+            "called no attention that can be seen: it took a softmax of what is no product of Q "
+            "and K by matmul, bmm, baddbmm or einsum"
+        )
+    return (
+        "called no attention that can be seen: neither "
+        "torch.nn.functional.scaled_dot_product_attention nor multi_head_attention_forward, and it "
+        "took no softmax"
+    )
+
+
 def not_scaled_since_step(
-    missing: Iterable[str], scaled: Iterable[AttentionSite]
+    missing: Iterable[AttentionSite], scaled: Iterable[AttentionSite]
 ) -> UnscaledLayerError:
     """Return the error about layers whose Q and K were not seen since the last optimizer step.
 
     Args:
-        missing: The names of the layers that are not scaled.
+        missing: The layers that are not scaled.
         scaled: The layers that are.
     """
-    missing = list(missing)
+    missing, scaled = list(missing), list(scaled)
+    never = [site for site in missing if site.query_length is None]
+    ran = [site for site in never if site.takes_softmax is not None]
     return UnscaledLayerError(
         f"not scaled since the last step: layer{'s' if len(missing) > 1 else ''} "
-        f"{', '.join(map(repr, missing))} (scaled: {_listed(scaled)}). Q and K were not seen "
-        "in a forward pass with gradients. If a layer was skipped or is frozen on purpose, "
-        "pass on_missing='warn' or 'ignore', or scale it with None; if its forward was called "
-        "directly, call the module instead; if it checkpoints its attention with "
-        "use_reentrant=True, use False, or checkpoint the layer as a whole; if its attention "
-        f"is in a function with a backward of its own, it can't be seen there. {BY_HAND}"
+        f"{', '.join(repr(site.name) for site in missing)} (scaled: {_listed(scaled)}). Q and K "
+        f"were not seen in a forward pass with gradients. {_seen_in(ran)}If a layer was skipped or "
+        "is frozen on purpose, pass on_missing='warn' or 'ignore', or scale it with None; if its "
+        "forward was called directly, call the module instead; if it checkpoints its attention "
+        "with use_reentrant=True, use False, or checkpoint the layer as a whole; if its attention "
+        "is in a function with a backward of its own, it can't be seen there. "
+        f"{_advice(missing, scaled)}"
     )
+
+
+def _advice(missing: list[AttentionSite], scaled: list[AttentionSite]) -> str:
+    """Return what to do about layers; for those that took no softmax, first to leave them alone."""
+    pattern = _pattern(missing, scaled)
+    alone = f"give it the scale None: scales={{..., {pattern!r}: None}}"
+    if any(site.takes_softmax is not False for site in missing):
+        return f"{BY_HAND}. If a layer is to be left alone, {alone}"
+    return (
+        "If such a layer is no softmax attention, but linear attention or a recurrence, "
+        f"{alone}. If its attention is in flex_attention or another kernel, that can't be seen "
+        f"into. {BY_HAND}"
+    )
+
+
+def _seen_in(sites: list[AttentionSite]) -> str:
+    """Return a sentence for each kind of layer about what it did in its last forward pass."""
+    kinds: dict[tuple[str, str], int] = {}
+    for site in sites:
+        kind = site.class_name, what_was_seen(site)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return "".join(
+        f"{'Each' if count > 1 else 'The'} {class_name} {seen}. "
+        for (class_name, seen), count in kinds.items()
+    )
+
+
+def _pattern(missing: list[AttentionSite], scaled: list[AttentionSite]) -> str:
+    """Return a pattern that matches layers and no others, or the name of the first."""
+    names = [site.name for site in missing]
+    if len(names) == 1:
+        return names[0]
+    last = {name.rpartition(".")[2] for name in names}
+    numbered = {re.sub(r"\d+", "*", name) for name in names}
+    candidates = [f"*.{part}" for part in last if not part.isdigit()] if len(last) == 1 else []
+    for pattern in candidates + (list(numbered) if len(numbered) == 1 else []):
+        others = fnmatch.filter([site.name for site in scaled], pattern)
+        if len(fnmatch.filter(names, pattern)) == len(names) and not others:
+            return pattern
+    return names[0]
 
 
 def _listed(sites: Iterable[AttentionSite]) -> str:

@@ -200,7 +200,10 @@ class SpanHooks:
         missing = self.unseen()
         if not missing or self._on_missing == "ignore":
             return
-        error = not_scaled_since_step(missing, [tap.site for tap in self._taps if tap.seen])
+        error = not_scaled_since_step(
+            [tap.site for tap in self._taps if tap.site.name in missing],
+            [tap.site for tap in self._taps if tap.seen],
+        )
         if self._on_missing == "error":
             self.forget()
             raise error

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spanopt.errors import what_was_seen
 from spanopt.installing import attach
 from spanopt.scale import SpanScale
 from spanopt.sites import AttentionSite, find_attention, unwrap
@@ -117,7 +118,7 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
                 error = error or caught
                 continue
             seen = [
-                _inspected(site, None if site.query_length else _why_missed(hooks.has_run(site)))
+                _inspected(site, _why_missed(site, hooks.has_run(site)))
                 for site in hooks.sites
                 if hooks.is_attention(site)
             ]
@@ -224,13 +225,18 @@ def _inspected(site: AttentionSite, missed: str | None) -> InspectedLayer:
     )
 
 
-def _why_missed(has_run: bool) -> str:
+def _why_missed(site: AttentionSite, has_run: bool) -> str | None:
+    if site.query_length:
+        return None
     if not has_run:
         return "it did not run in this forward pass"
-    return (
-        "it called no attention that can be seen (flex_attention or another kernel?); pass "
-        "qk_modules={...}"
-    )
+    if site.lost_at is None and not site.takes_softmax:
+        return (
+            "it called no attention that can be seen and took no softmax; if it is linear "
+            "attention or a recurrence, scale it with None; for flex_attention or another kernel, "
+            "pass qk_modules={...}"
+        )
+    return f"it {what_was_seen(site)}; pass qk_modules={{...}}"
 
 
 def _trains(site: AttentionSite) -> str:

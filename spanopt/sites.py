@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import dis
 import functools
 import re
-import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
+
+from spanopt.traits import attention_calls, quietly, traits_of
 
 __all__ = ["AttentionSite", "find_attention", "is_inside", "named_modules", "unwrap"]
 
-_ATTENTION_CALLS = (scaled_dot_product_attention, multi_head_attention_forward)
-_ATTENTION_IDS = {*map(id, _ATTENTION_CALLS)}
-_ATTENTION_NAMES = {"scaled_dot_product_attention", "multi_head_attention_forward"}
-_PRODUCT_NAMES = {"matmul", "bmm", "baddbmm", "einsum"}
 # fmt: off
 _FILLERS = {
     "proj", "projection", "lin", "linear", "layer", "to", "w", "c", "fc", "net", "dense", "conv",
@@ -50,10 +43,13 @@ class AttentionSite:
         asked: Whether the user gave this name for scaling, rather than a pattern: then the layer
             is not let go.
         heads: Number of query heads; ``None`` until the first forward pass tells.
-        kv_heads: Number of key heads, likewise.
-        head_dim: Size d of a head, likewise.
-        query_length: Number of queries N in the last forward pass, likewise.
-        key_length: Number of keys M, likewise.
+        kv_heads: Number of key heads; ``None`` until then.
+        head_dim: Size d of a head; ``None`` until then.
+        query_length: Number of queries N in the last forward pass; ``None`` before it.
+        key_length: Number of keys M in the last forward pass; ``None`` before it.
+        takes_softmax: Whether a softmax was seen in the last forward pass; ``None`` before it.
+        lost_at: The operation from which on a product was not followed to a softmax, such as
+            ``"cumsum"``; ``None`` where no product was lost.
 
     Example:
         >>> from torch import nn
@@ -72,6 +68,8 @@ class AttentionSite:
     head_dim: int | None = None
     query_length: int | None = None
     key_length: int | None = None
+    takes_softmax: bool | None = None
+    lost_at: str | None = None
 
     @property
     def class_name(self) -> str:
@@ -225,8 +223,8 @@ def _kind(module: nn.Module, traits: dict[type, frozenset[str]]) -> str | None:
     cls = _class_of(module)
     if cls not in traits:
         own = (cls.__module__ or "").partition(".")[0] != "torch"
-        traits[cls] = _traits(cls) if own else frozenset()
-    if "call" in traits[cls] or not _ATTENTION_IDS.isdisjoint(map(id, vars(module).values())):
+        traits[cls] = traits_of(cls) if own else frozenset()
+    if "call" in traits[cls] or not attention_calls.isdisjoint(map(id, vars(module).values())):
         return "call"
     if _owns_projections(module):
         return "projections"
@@ -290,7 +288,7 @@ def _only_wraps_another(
 def _may_project(module: nn.Module) -> bool:
     """Whether a module has a matrix that could make Q and K of its input."""
     weights = (
-        _quietly(getattr, part, "weight", None)
+        quietly(getattr, part, "weight", None)
         for part in module.modules()
         if not isinstance(part, nn.Embedding)
     )
@@ -318,107 +316,3 @@ def _normalised(name: str) -> str:
     joined = "".join(word for word in words if word not in _FILLERS)
     joined = re.sub(r"^(q|k|kv|qkv)s$", r"\1", joined)
     return joined[1:] if joined in {"wq", "wk", "wqkv", "wkv"} else joined
-
-
-def _traits(cls: type) -> frozenset[str]:
-    """Return what the code of a module class reaches, by reading that code.
-
-    ``"call"`` is a call of an attention function, ``"product"`` one of two matrices and
-    ``"softmax"`` one of a softmax.
-    """
-    traits: set[str] = set()
-    pending: list[Callable[..., Any]] = [cls.forward]  # type: ignore[attr-defined]
-    visited: set[Any] = set()
-    while pending:
-        function = pending.pop()
-        code = getattr(function, "__code__", None)
-        if code is None or code in visited:
-            continue
-        visited.add(code)
-        names = set(_names(code))
-        # The name is enough where the function comes from getattr, an inner import or an object.
-        if _ATTENTION_NAMES & names:
-            traits.add("call")
-        if "softmax" in names:
-            traits.add("softmax")
-        if _PRODUCT_NAMES & names or _has_matrix_product(code):
-            traits.add("product")
-        for value in _referenced(function, cls):
-            if id(value) in _ATTENTION_IDS:
-                traits.add("call")
-            if _quietly(isinstance, value, types.FunctionType) and not _is_torch(value):
-                pending.append(value)
-    return frozenset(traits)
-
-
-def _has_matrix_product(code: types.CodeType) -> bool:
-    return any(
-        instruction.argrepr == "@" or instruction.opname == "BINARY_MATRIX_MULTIPLY"
-        for instruction in dis.get_instructions(code)
-    )
-
-
-def _referenced(function: Callable[..., Any], cls: type) -> Iterator[Any]:
-    """Yield what the names in a function's code stand for, as far as can be told without a call."""
-    code = function.__code__
-    closure: dict[str, Any] = {}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # a variable that is not assigned yet
-            closure[name] = cell.cell_contents
-    names = {*_names(code), *closure}
-    for name in names:
-        yield from map(_function_of, _methods(cls, name, names))
-        value = closure.get(name, function.__globals__.get(name))
-        yield from _attributes(value, names)
-
-
-def _methods(cls: type, name: str, names: set[str]) -> Iterator[Any]:
-    """Yield what an attribute of the class may stand for, as ``self.name`` or ``super().name``."""
-    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
-    own = [base.__dict__[name] for base in bases if name in base.__dict__]
-    if not hasattr(nn.Module, name):
-        yield from own[:1]
-    if "super" in names or any(base.__name__ in names for base in bases):
-        yield from own
-
-
-def _attributes(value: Any, names: set[str], depth: int = 3) -> list[Any]:
-    """Return a value and, for a module, what these names stand for inside it and its submodules."""
-    found = [_function_of(value)]
-    if _quietly(isinstance, value, Mapping):  # a registry
-        found += map(_function_of, _quietly(lambda: list(value.values())) or [])
-    if _quietly(isinstance, value, types.ModuleType) and depth > 0:
-        loaded = vars(value)  # what a package would import only when asked is not there yet
-        for name in names & loaded.keys():
-            found += _attributes(loaded[name], names, depth - 1)
-    return found
-
-
-def _function_of(value: Any) -> Any:
-    """Return the function behind a static method, a bound method or a decorator."""
-    for name in ("__func__", "__wrapped__"):
-        inner = _quietly(getattr, value, name, None)
-        value = value if inner is None else inner
-    return value
-
-
-def _quietly(function: Callable[..., Any], *args: Any) -> Any:
-    """Call it on objects that are not ours and may import or raise; ``None`` if they do."""
-    try:
-        return function(*args)
-    except Exception:
-        return None
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """Yield the names in the code, and its strings, which ``getattr`` may take for names."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, str):
-            yield constant
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-
-
-def _is_torch(function: Callable[..., Any]) -> bool:
-    return (getattr(function, "__module__", None) or "").partition(".")[0] == "torch"

@@ -91,13 +91,24 @@ _WEIGHTS = _Scores()
 
 def _scores(tap: Tap, x: Any) -> _Scores | None:
     call = tap.current_call()
-    return None if call is None else call.scores.of(x)
+    scores = None if call is None else call.scores.of(x)
+    if scores is not None or call is None or torch.compiler.is_compiling():
+        return scores
+    if not isinstance(x, Tensor) or x.grad_fn is None or call.streams.knows(x):
+        return None
+    # Made by a function that no mode sees, such as one of torch.jit.script.
+    scores = call.trail.through_elementwise(x, tap.site.module)
+    if scores is not None:
+        _carry_product(tap, x, scores)
+    return scores
 
 
 def _carry(tap: Tap, result: Any, scores: _Scores) -> Any:
     call = tap.current_call()
     if call is not None and isinstance(result, Tensor):
         call.scores[result] = scores
+        if not torch.compiler.is_compiling():
+            call.trail.note(result, scores)
     return result
 
 
@@ -548,10 +559,12 @@ def _cat(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    tap.site.takes_softmax = True
     scores = _scores(tap, args[0]) if args else None
     if scores is None:
         if tap.multiplied and args and tap.streams().may_be_of_scores(args[0]):
             tap.lost = True
+            _note_where_lost(tap, args[0])
         return func(*args, **kwargs)
     if not scores.products:
         return _carry(tap, func(*args, **kwargs), scores)
@@ -560,6 +573,7 @@ def _softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     axis = dim - x.ndim if isinstance(dim, int) and dim >= 0 else dim
     sides = [group for group in scores.axes[:2] if group == (axis,)]
     if not sides:
+        tap.site.lost_at = "a softmax that is not over one side's tokens"
         return func(*args, **kwargs)
     for product in scores.products:
         # Where there are softmaxes over both axes, the first one tells which are the keys.
@@ -571,6 +585,12 @@ def _softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         by_query = weights.detach() if axis == -1 else weights.detach().transpose(axis, -1)
         tap.watcher.weights(tap.site.name, by_query, real)
     return _carry(tap, weights, _WEIGHTS)
+
+
+def _note_where_lost(tap: Tap, x: Tensor) -> None:
+    call = tap.current_call()
+    if call is not None and not torch.compiler.is_compiling():
+        tap.site.lost_at = call.trail.lost_at(x) or tap.site.lost_at
 
 
 def _switch_on(tap: Tap, x: Tensor, product: _Product, read: Read) -> tuple[Tensor, Tensor | None]:

@@ -65,6 +65,10 @@ class Streams:
                 return bit
         return 0
 
+    def knows(self, x: Tensor) -> bool:
+        """Return whether it is known what a tensor was computed from."""
+        return bool(self._bits(x))
+
     def is_of_scores(self, x: Tensor) -> bool:
         """Return whether a tensor was computed from a product of activations."""
         return bool(self._bits(x) & _OF_SCORES)

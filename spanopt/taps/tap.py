@@ -26,6 +26,7 @@ from spanopt.scale import Factor, SpanScale
 from spanopt.setups import NEED_OTHER, SETUPS
 from spanopt.shards import is_context_parallel, is_spread
 from spanopt.sites import AttentionSite
+from spanopt.taps.graph import Trail
 from spanopt.taps.masks import Read, Tokens, real_tokens
 from spanopt.taps.notes import Notes
 from spanopt.taps.streams import Streams
@@ -189,6 +190,7 @@ class Call:
         given: The real tokens of queries and keys, as :func:`spanopt.token_mask` gives them.
         streams: Which tensors were computed from which of the layer's inputs.
         scores: What the softmax tap knows of tensors.
+        trail: Where these tensors are in the autograd graph.
     """
 
     def __init__(
@@ -199,11 +201,13 @@ class Call:
         self.given = given
         self.streams = Streams(arguments)
         self.scores: Notes[Any] = Notes()
+        self.trail = Trail()
 
     def close(self) -> None:
         """Leave nothing on the tensors."""
         self.streams.close()
         self.scores.close()
+        self.trail.close()
 
 
 class _Calls:
@@ -324,6 +328,7 @@ class Tap(TorchFunctionMode):
                 given = self._recall()
         self.entered = True
         self.multiplied = False
+        self.site.takes_softmax = False
         thread.calls.innermost = Call(self, thread.calls.innermost, arguments, given)
         _push_mode(self)
 
