@@ -26,4 +26,4 @@ with SpanMonitor(optimizer, every=max(1, steps // 40)) as monitor:
         loss.backward()
         optimizer.step()
 print(monitor.to_pandas().groupby(["layer", "side"]).tail(1).round(3).to_string(index=False))
-monitor.plot(path)
+monitor.plot(path=path)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch._dynamo
 
-__all__ = ["keep_eager_taps_eager", "let_compiled_code_notice_hooks"]
+__all__ = ["keep_eager_taps_eager", "let_compiled_code_notice_hooks", "run_eagerly"]
 
 
 def let_compiled_code_notice_hooks() -> None:
@@ -37,3 +38,49 @@ def keep_eager_taps_eager(*taps: type) -> None:
             dynamo.set_code_exec_strategy(code, dynamo._FrameExecStrategy(skip, skip))
         else:  # torch 2.6
             dynamo.skip_code(code)
+
+
+# Those who have asked that compiled code run eagerly.
+_eager: set[object] = set()
+
+
+class _EagerWhileAsked:
+    """A stance of torch.compile: ``"force_eager"`` while somebody asks for it, else the user's.
+
+    Others set stances too, and set them back in any order. Where this one is put back after its
+    time, it is the user's stance by then, so that nothing is left in force.
+    """
+
+    def __init__(self, stance: Any) -> None:
+        self.users = stance
+
+    @property
+    def stance(self) -> str:
+        name: str = self.users.stance
+        return "force_eager" if _eager else name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.users, name)
+
+
+def run_eagerly() -> Callable[[], None]:
+    """Have all code that torch.compile has compiled run eagerly in this process.
+
+    Returns:
+        A function that ends it; the stance of torch.compile is then what the user has set. Calling
+        it twice is harmless. While others ask for the same, code goes on running eagerly.
+    """
+    from torch._dynamo import eval_frame
+
+    asking = object()
+    _eager.add(asking)
+    # torch.compiler.set_stance would do for one caller, and knows only the stance before it.
+    if not isinstance(eval_frame._stance, _EagerWhileAsked):
+        eval_frame._stance = _EagerWhileAsked(eval_frame._stance)  # type: ignore[assignment]
+
+    def end() -> None:
+        _eager.discard(asking)
+        if not _eager and isinstance(eval_frame._stance, _EagerWhileAsked):
+            eval_frame._stance = eval_frame._stance.users
+
+    return end

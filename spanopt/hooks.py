@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from spanopt.compiling import run_eagerly
 from spanopt.errors import no_attention_called, not_scaled_since_step
 from spanopt.node import Method
 from spanopt.plan import LayerPlan, claim, release
@@ -20,7 +21,7 @@ from spanopt.taps import HANDLERS
 from spanopt.taps.module_hooks import Enter, Leave, Output, drop_inert, no_hook
 from spanopt.taps.projection import ProjectionTap
 from spanopt.taps.tap import Tap, remove_stale, thread
-from spanopt.taps.watcher import Watcher
+from spanopt.taps.watcher import Watcher, Watchers
 
 __all__ = ["SpanHooks"]
 
@@ -53,6 +54,7 @@ class SpanHooks:
         self._shields: list[Tap] = []
         self._handles: dict[Tap | None, list[Any]] = {None: []}
         self._on_missing = on_missing
+        self._watchers: list[tuple[Watcher, Callable[[], None]]] = []
         if root is not None and on_missing == "error":
             drop_inert(root)
             self._handles[None].append(root.register_forward_hook(_CheckCalled(self._taps)))
@@ -99,6 +101,7 @@ class SpanHooks:
         self.sites += [layer.site for layer in layers]
         self._taps += taps
         self._shields += shields
+        self._tell_taps()
 
     def _install(self, tap: Tap) -> None:
         """Put the module hooks of a tap on its layer."""
@@ -179,6 +182,8 @@ class SpanHooks:
             >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).forget()
         """
         for tap in self._taps:
+            if tap.seen and tap.watcher is not None:
+                tap.watcher.ran(tap.site.name)
             tap.seen = False
             tap.forget_tokens()
 
@@ -288,19 +293,44 @@ class SpanHooks:
                 tap.held = True
                 tap.set_scale(group.scale)
 
-    def watch(self, watcher: Watcher | None) -> None:
+    def watch(self, watcher: Watcher) -> Callable[[], None]:
         """Have somebody told of Q, K and their gradients, from the next forward pass on.
 
+        Until it is stopped, what ``torch.compile`` has compiled runs eagerly in this process:
+        compiled code has no Python in it that could tell anything.
+
         Args:
-            watcher: Who is told; ``None`` for nobody.
+            watcher: Who is told.
+
+        Returns:
+            A function without arguments that stops it. :meth:`remove` stops it too.
 
         Example:
             >>> from torch import nn
             >>> from spanopt import attach
-            >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).watch(None)
+            >>> from spanopt.measures import Sample
+            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
+            >>> stop = hooks.watch(Sample())
+            >>> stop()
         """
+        entry = watcher, run_eagerly()
+        self._watchers.append(entry)
+        self._tell_taps()
+
+        def stop() -> None:
+            if entry in self._watchers:
+                self._watchers.remove(entry)
+                self._tell_taps()
+                entry[1]()
+
+        return stop
+
+    def _tell_taps(self) -> None:
+        """Have the taps tell those who watch now."""
+        watchers = [watcher for watcher, _ in self._watchers]
+        of_all: Watcher | None = Watchers(watchers) if watchers else None
         for tap in self._taps:
-            tap.watcher = watcher
+            tap.watcher = of_all
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scales, as numbers, strings, lists, dicts and ``None``.
@@ -376,6 +406,9 @@ class SpanHooks:
             >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
             >>> hooks.remove()
         """
+        while self._watchers:
+            self._watchers.pop()[1]()
+        self._tell_taps()
         for tap in (None, *self._taps, *self._shields):
             self._take_off(tap)
         remove_stale()

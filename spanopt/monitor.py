@@ -1,50 +1,34 @@
-"""Measuring what span scaling does to a model's gradients while it trains."""
+"""When the gradients of attention are measured, and where what was measured is reported."""
 
 from __future__ import annotations
 
 import importlib
-import itertools
-import json
 import math
+import warnings
 import weakref
-from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from spanopt.node import Method, rescale_tokens
+from spanopt.measures import Sample, means, unmeasured
 from spanopt.optimizer import SpanScaledOptimizer
-from spanopt.taps.watcher import Watched
+from spanopt.picture import draw
+from spanopt.rows import RowFile, read_rows
 
 __all__ = ["SpanMonitor"]
-
-_MEASURES = (
-    "parallel_energy",
-    "violation_energy",
-    "parallel_share",
-    "chance_share",
-    "effective_rank",
-    "condition",
-    "cosine",
-    "norm_before",
-    "norm_after",
-    "entropy",
-)
-# Attention weights that are computed at once, to measure their entropy.
-_CHUNK = 2**24
 
 
 class SpanMonitor:
     """Measure the gradients of Q and K at every scaled layer, every so many optimizer steps.
 
-    Nothing changes in what is trained. Between the steps that are measured it costs nothing; in one
-    that is, singular values and attention weights are computed beside the training, and what
-    ``torch.compile`` has compiled runs eagerly: close the monitor when training is over.
+    Nothing changes in what is trained, and nothing that the monitor does ends a training step: what
+    it can't measure or write it says in a row and in one warning. Between the steps that are
+    measured it costs nothing; in one that is, singular values and attention weights are computed
+    beside the training, and code that ``torch.compile`` has compiled runs eagerly. Keep the monitor
+    in a variable, and close it when training is over: one that is dropped stops.
 
-    Rows are for one layer, side and head, in a batch of the process; where a step has several
-    backward passes they are averaged. Q and K are what attention multiplies: some layers divide Q
+    A row is for one layer, side and head, in a batch of the process; where a step has several
+    backward passes it is their average. Q and K are what attention multiplies: some layers divide Q
     by sqrt(d) before. Under ``GradScaler`` gradients are times its scale.
 
     ``step``
@@ -69,18 +53,25 @@ class SpanMonitor:
     ``cosine``
         Between the gradient before and after scaling.
     ``norm_before``, ``norm_after``
-        Their Frobenius norms.
+        Frobenius norm of the gradient before and after scaling.
     ``entropy``
         Of a query's attention weights, in nats, mean over queries; on the query side only, and
         ``None`` where attention can't be seen (``qk_modules=``).
+    ``problem``
+        Why a value is missing: ``None`` if none is, else a text such as ``"condition is inf"``.
+        Values are finite numbers or ``None``.
 
     Args:
         optimizer: A wrapped optimizer. The monitor is told of its steps until :meth:`close`.
-        every: Measure the first step, and then every so many.
-        path: A JSONL file to which each row is appended as one line.
-        writer: A ``torch.utils.tensorboard.SummaryWriter``, for the mean over heads.
-        run: A run of Weights & Biases, as ``wandb.init`` returns it, likewise.
-        start: Number of the first step, where training is resumed.
+            Several monitors may measure one optimizer.
+        every: Measure the first step, and then every so many; a whole number, 100 by default.
+        path: A JSONL file to which each row is appended as one line of strict JSON, for
+            :meth:`read`; by default none.
+        writer: A ``torch.utils.tensorboard.SummaryWriter``, for the mean over heads; by default
+            none.
+        run: A run of Weights & Biases, as ``wandb.init`` returns it, for the mean over heads; by
+            default none.
+        start: Number of the first step, where training is resumed; 0 by default.
 
     Attributes:
         rows: What was measured, as dicts, such as ``pandas.DataFrame`` takes.
@@ -88,8 +79,10 @@ class SpanMonitor:
     Raises:
         TypeError: ``optimizer`` is not a :class:`~spanopt.SpanScaledOptimizer`.
         ValueError: ``every`` is not a whole number above 0.
+        OSError: ``path`` can't be written to.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16)
         >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> optimizer = SpanScaledOptimizer(sgd, model, {"*": (2.0, 1.0)})
@@ -122,64 +115,93 @@ class SpanMonitor:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number above 0, got {every!r}")
         self.rows: list[dict[str, Any]] = []
-        self._optimizer = optimizer
         self._every = every
-        self._path = None if path is None else Path(path)
-        if self._path is not None:
-            self._path.touch()  # what can't be written to is known before training
+        self._file = None if path is None else RowFile(path)  # known before training if it can't
         self._writer = writer
         self._run = run
         if run is not None:
             run.define_metric("span/*", step_metric="span/step")
         self._step = start
-        self._next = start
-        self._sample: _Sample | None = None
-        self._handle = optimizer.register_step_post_hook(self._after_step)
-        # Dropped without close(), it must not leave compiled code running eagerly.
-        self._stances: list[Any] = []
-        weakref.finalize(self, _restore, self._stances)
-        self._arm()
+        self._next: float = start
+        self._warned: set[str] = set()
+        self._sample: Sample | None = None
+        self._of = type(optimizer.optimizer).__name__
+        # Neither of these keeps the monitor or the optimizer.
+        self._stops: list[Callable[[], None]] = []
+        handle = optimizer.register_step_post_hook(_teller(weakref.ref(self)))
+        self._end = weakref.finalize(self, _end, handle, self._stops, self.rows)
+        self._end.atexit = False
+        self._arm(optimizer)
 
-    def _arm(self) -> None:
-        self._sample = _Sample()
-        self._optimizer.hooks.watch(self._sample)
-        # Compiled code has no Python in it that could be told anything.
-        self._stances.append(torch.compiler.set_stance("force_eager"))
+    def _arm(self, optimizer: SpanScaledOptimizer) -> None:
+        self._sample = Sample()
+        self._stops.append(optimizer.hooks.watch(self._sample))
 
     def _disarm(self) -> None:
-        self._optimizer.hooks.watch(None)
         self._sample = None
-        _restore(self._stances)
+        while self._stops:
+            self._stops.pop()()
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: SpanScaledOptimizer) -> None:
         step, self._step = self._step, self._step + 1
         if self._sample is not None:
-            if not self._optimizer.hooks.groups:
+            if not optimizer.hooks.groups:
                 self.close()  # detached: there is nothing to measure
                 return
-            rows = self._sample.rows(step, [site.name for site in self._optimizer.hooks.sites])
+            rows = self._measured(step, [site.name for site in optimizer.hooks.sites])
             if not rows:
                 return  # no backward pass yet
             self._disarm()
-            self._report(rows)
+            self._report(step, rows)
             self._next = step + self._every
         if self._step >= self._next:
-            self._arm()
+            self._arm(optimizer)
 
-    def _report(self, rows: list[dict[str, Any]]) -> None:
+    def _measured(self, step: int, layers: list[str]) -> list[dict[str, Any]]:
+        """Return the rows of a step, and warn of the first that lacks something."""
+        assert self._sample is not None
+        try:
+            rows = self._sample.rows(step, layers)
+        except Exception as error:
+            rows = unmeasured(step, layers, error)
+        usual = (None, "condition is inf")  # a Q of less than full rank
+        problem = next((row for row in rows if row["problem"] not in usual), None)
+        if problem is not None:
+            self._warn(
+                "measuring",
+                f"layer {problem['layer']!r} was not fully measured in step {step}: "
+                f"{problem['problem']}. Rows say so under 'problem'",
+            )
+        return rows
+
+    def _report(self, step: int, rows: list[dict[str, Any]]) -> None:
         self.rows += rows
-        if self._path is not None:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+        if self._file is not None:
+            try:
+                self._file.append(rows)
+            except Exception as error:
+                problem = f"{self._file.path} could not be written to: {error}. Rows wait for it"
+                self._warn("path", problem)
         if self._writer is None and self._run is None:
             return
-        step = rows[0]["step"]
-        means = _means(rows)
+        values = means(rows)
         if self._writer is not None:
-            for name, value in means.items():
-                self._writer.add_scalar(name, value, step)
+            try:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
+            except Exception as error:
+                self._warn("writer", f"writer takes no values: {type(error).__name__}: {error}")
         if self._run is not None:
-            self._run.log({**means, "span/step": step})
+            try:
+                self._run.log({**values, "span/step": step})
+            except Exception as error:
+                self._warn("run", f"run takes no values: {type(error).__name__}: {error}")
+
+    def _warn(self, kind: str, problem: str) -> None:
+        """Warn of a problem, once for each kind."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"SpanMonitor: {problem}. Training goes on", stacklevel=2)
 
     def to_pandas(self) -> Any:
         """Return :attr:`rows` as a ``pandas.DataFrame``.
@@ -188,6 +210,7 @@ class SpanMonitor:
             ImportError: pandas is not installed.
 
         Example:
+            >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
             >>> sgd = torch.optim.SGD(model.parameters())
             >>> optimizer = SpanScaledOptimizer(sgd, model, {"*": (2.0, 1.0)})
@@ -200,22 +223,31 @@ class SpanMonitor:
             ['key', 'query']
             >>> monitor.close()
         """
-        return _module("pandas", "to_pandas()").DataFrame(self.rows)
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError as error:
+            raise ImportError(
+                "SpanMonitor.to_pandas() needs pandas: pip install pandas, or install spanopt with "
+                "its extra: pip install '.[monitor]' in a clone"
+            ) from error
+        return pandas.DataFrame(self.rows)
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        """Draw the parallel share of the gradients: layers by steps, and a line for each layer.
+    def plot(self, column: str = "parallel_share", path: str | Path | None = None) -> Any:
+        """Draw a column: for each side layers by steps, and a line for each layer.
 
         Args:
-            path: Where to save the picture, in the format that its suffix says.
+            column: Which of the measured columns, ``"parallel_share"`` by default.
+            path: Where to save the picture, in the format that its suffix says; by default nowhere.
 
         Returns:
             The ``matplotlib.figure.Figure``.
 
         Raises:
             ImportError: matplotlib is not installed.
-            ValueError: Nothing has been measured yet.
+            ValueError: There is no such column, or nothing has been measured in it yet.
 
         Example:
+            >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
             >>> sgd = torch.optim.SGD(model.parameters())
             >>> optimizer = SpanScaledOptimizer(sgd, model, {"*": (2.0, 1.0)})
@@ -223,20 +255,44 @@ class SpanMonitor:
             >>> monitor = SpanMonitor(optimizer)
             >>> model(x, x, x)[0].pow(2).mean().backward()
             >>> optimizer.step()
-            >>> figure = monitor.plot()  # monitor.plot("shares.png") saves it too
+            >>> figure = monitor.plot()  # monitor.plot(path="shares.png") saves it too
+            >>> figure = monitor.plot("effective_rank")
             >>> monitor.close()
         """
         if not self.rows:
             raise ValueError("nothing has been measured yet: take an optimizer step first")
-        figure = _drawn(self.rows)
+        figure = draw(self.rows, column)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
+
+    @staticmethod
+    def read(path: str | Path) -> list[dict[str, Any]]:
+        """Read the rows that a monitor has written to its ``path``.
+
+        Args:
+            path: The JSONL file.
+
+        Returns:
+            The rows. A line that a crash has torn is left out, and a warning names it.
+
+        Raises:
+            OSError: The file can't be read.
+
+        Example:
+            >>> import pathlib, tempfile
+            >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.jsonl"
+            >>> _ = path.write_text('{"step": 0, "layer": "attn"}\\n')
+            >>> SpanMonitor.read(path)
+            [{'step': 0, 'layer': 'attn'}]
+        """
+        return read_rows(path)
 
     def close(self) -> None:
         """Stop measuring. What was measured stays; doing it twice is harmless.
 
         Example:
+            >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
             >>> sgd = torch.optim.SGD(model.parameters())
             >>> optimizer = SpanScaledOptimizer(sgd, model, {"*": (2.0, 1.0)})
@@ -248,10 +304,21 @@ class SpanMonitor:
             >>> len(monitor.rows)
             4
         """
-        self._handle.remove()
-        self._next = math.inf  # type: ignore[assignment]
-        if self._sample is not None:
-            self._disarm()
+        self._next = math.inf
+        self._sample = None
+        ended = self._end.detach()
+        if ended is None:
+            return
+        _, _, (handle, stops, _), _ = ended
+        _stop(handle, stops)
+        if self._file is not None and self._file.waiting:
+            try:
+                self._file.append([])
+            except OSError as error:
+                count = len(self._file.waiting)
+                self._warn(
+                    "closing", f"{count} rows could not be written to {self._file.path}: {error}"
+                )
 
     def __enter__(self) -> SpanMonitor:
         return self
@@ -259,214 +326,37 @@ class SpanMonitor:
     def __exit__(self, *exc_info: Any) -> None:
         self.close()
 
-
-def _restore(stances: list[Any]) -> None:
-    """Have ``torch.compile`` act as before."""
-    while stances:
-        stances.pop().__exit__(None, None, None)
-
-
-def _module(name: str, what: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise ImportError(f"SpanMonitor.{what} needs {package}: pip install {package}") from error
-
-
-def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the mean over heads of every measure, by a name such as a dashboard shows."""
-    values: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        for measure in _MEASURES:
-            if row[measure] is not None:
-                layer = row["layer"] or "model"
-                values[f"span/{layer}/{row['side']}/{measure}"].append(row[measure])
-    return {name: _average(of_heads) for name, of_heads in values.items()}
-
-
-class _Sample:
-    """What one step shows; a :class:`~spanopt.taps.watcher.Watcher`.
-
-    Values stay on the device until the step is over.
-    """
-
-    def __init__(self) -> None:
-        self._sides: dict[tuple[str, str], list[dict[str, Tensor]]] = defaultdict(list)
-        self._entropies: dict[str, list[Tensor]] = defaultdict(list)
-        self._merged: set[tuple[str, str]] = set()
-
-    @torch.no_grad()
-    def gradients(self, watched: Watched, given: Tensor, rescaled: Tensor) -> None:
-        """Measure a gradient, see :meth:`spanopt.taps.watcher.Watcher.gradients`."""
-        name = watched.layer, watched.side
-        if watched.x.ndim < 4:
-            self._merged.add(name)
-        self._sides[name].append(_measured(watched, given, rescaled))
-
-    @torch.no_grad()
-    def scores(
-        self,
-        layer: str,
-        query: Tensor,
-        key: Tensor,
-        real: Tensor | None,
-        mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> None:
-        """Compute attention weights, see :meth:`spanopt.taps.watcher.Watcher.scores`."""
-        query, key = query.detach(), key.detach()
-        if enable_gqa:
-            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        queries, keys = query.shape[-2], key.shape[-2]
-        size = max(1, _CHUNK // max(1, query.shape[:-2].numel() * keys))
-        parts = []
-        for first in range(0, queries, size):
-            part = _float(query[..., first : first + size, :]) @ _float(key).mT * scale
-            if is_causal:
-                rows = torch.arange(first, first + part.shape[-2], device=part.device)
-                future = rows[:, None] < torch.arange(keys, device=part.device)
-                part = part.masked_fill(future, -math.inf)
-            if mask is not None:
-                rows_of = mask if mask.shape[-2] == 1 else mask[..., first : first + size, :]
-                part = _masked(part, rows_of)
-            parts.append(_entropies(part.softmax(-1)))
-        self._note_entropies(layer, torch.cat(parts, -1), real)
-
-    @torch.no_grad()
-    def weights(self, layer: str, weights: Tensor, real: Tensor | None) -> None:
-        """Take attention weights, see :meth:`spanopt.taps.watcher.Watcher.weights`."""
-        self._note_entropies(layer, _entropies(_float(weights)), real)
-
-    def _note_entropies(self, layer: str, entropies: Tensor, real: Tensor | None) -> None:
-        """Take the entropies of queries, shape (..., H, N)."""
-        if real is not None:
-            entropies = torch.where(real.to(entropies.device), entropies, math.nan)
-        self._entropies[layer].append(_by_head(entropies[..., None]).nanmean((0, 2, 3)))
-
-    def rows(self, step: int, layers: list[str]) -> list[dict[str, Any]]:
-        """Return the rows of the step, by layer and side; none if there was no backward pass."""
-        rows = []
-        for layer, side in itertools.product(layers, ("query", "key")):
-            calls = self._sides.get((layer, side))
-            if calls is None:
-                continue
-            columns = {name: _mean([call[name] for call in calls]) for name in calls[0]}
-            parallel, violation = columns["parallel_energy"], columns["violation_energy"]
-            columns["parallel_share"] = parallel / (parallel + violation)
-            entropies = self._entropies.get(layer, []) if side == "query" else []
-            if entropies and entropies[0].shape == parallel.shape:
-                columns["entropy"] = _mean(entropies)
-            values = {name: column.tolist() for name, column in columns.items()}
-            for head in range(len(parallel)):
-                row: dict[str, Any] = {"step": step, "layer": layer, "side": side}
-                row["head"] = None if (layer, side) in self._merged else head
-                for measure in _MEASURES:
-                    row[measure] = values[measure][head] if measure in values else None
-                rows.append(row)
-        return rows
-
-
-def _measured(watched: Watched, given: Tensor, rescaled: Tensor) -> dict[str, Tensor]:
-    """Return every measure of a gradient but the entropy, each of shape (H,)."""
-    mask = watched.mask
-    if mask is not None:
-        mask = _by_head(mask.expand(watched.x.shape[:-1])[..., None])[..., 0]
-    x, given, rescaled = (_by_head(_float(t.detach())) for t in (watched.x, given, rescaled))
-    other = None if watched.other is None else _by_head(_float(watched.other))
-    method = Method(watched.method.ridge, watched.method.setup)
-    one, nothing = x.new_ones(()), x.new_zeros(())
-    parallel = rescale_tokens(given, x, one, nothing, method, mask, watched.documents, other=other)
-    energies = (t.square().sum((0, 2, 3)) for t in (parallel, given - parallel))
-    before, after = (torch.linalg.vector_norm(t, dim=(0, 2, 3)) for t in (given, rescaled))
-    real = x if mask is None else x * mask[..., None]
-    singular = torch.linalg.svdvals(real)  # (B, H, min(N, d))
-    weights = singular / singular.sum(-1, keepdim=True)
-    rank = torch.special.entr(weights).sum(-1).exp()
-    measured = {}
-    if method.setup == "span" and watched.documents is None:
-        real_tokens = x.new_ones(x.shape[:-1]) if mask is None else mask.to(x.dtype)
-        tokens = real_tokens.sum(-1).clamp(min=1)  # (B, H)
-        measured["chance_share"] = (tokens.clamp(max=x.shape[-1]) / tokens).mean(0)
-    return measured | {
-        **dict(zip(("parallel_energy", "violation_energy"), energies, strict=True)),
-        "effective_rank": rank.nanmean(0),
-        "condition": (singular[..., 0] / singular[..., -1]).nanmedian(0).values,
-        "cosine": (given * rescaled).sum((0, 2, 3)) / (before * after),
-        "norm_before": before,
-        "norm_after": after,
-    }
-
-
-def _by_head(x: Tensor) -> Tensor:
-    """Return (B, H, N, d) for (B, ..., N, d), and (B, 1, N, d) where heads are not told apart."""
-    if x.ndim < 4:
-        return x.reshape(-1, 1, *x.shape[-2:])
-    return x.flatten(1, -3)
-
-
-def _float(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _entropies(weights: Tensor) -> Tensor:
-    return torch.special.entr(weights).sum(-1)
-
-
-def _mean(values: list[Tensor]) -> Tensor:
-    return torch.stack(values).mean(0)
-
-
-def _masked(scores: Tensor, mask: Tensor) -> Tensor:
-    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-
-
-def _drawn(rows: list[dict[str, Any]]) -> Any:
-    """Draw the parallel share by layer and step."""
-    matplotlib = _module("matplotlib", "plot()")
-    figures = importlib.import_module("matplotlib.figure")
-    shares: dict[str, dict[tuple[str, int], list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        shares[row["side"]][row["layer"], row["step"]].append(row["parallel_share"])
-    limit = min(1.0, 1.2 * max(_average(heads) for of in shares.values() for heads in of.values()))
-    chances = {row["chance_share"] for row in rows}
-    chance = [*chances] if len(chances) == 1 and None not in chances else []
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    steps = sorted({row["step"] for row in rows})
-    sides = [side for side in ("query", "key") if side in shares]
-    height = 1.6 + len(sides) * max(1.8, 0.16 * len(layers))
-    figure = figures.Figure(figsize=(9, height), layout="constrained")
-    axes = figure.subplots(len(sides), 2, squeeze=False, width_ratios=(1.15, 1))
-    colours = matplotlib.colormaps["plasma"]
-    for (heatmap, lines), side in zip(axes, sides, strict=True):
-        of_side = shares[side]
-        means = [[_average(of_side.get((layer, step), [])) for step in steps] for layer in layers]
-        limits = {"vmin": 0, "vmax": limit}
-        image = heatmap.imshow(
-            means, aspect="auto", origin="lower", interpolation="nearest", **limits
+    def __repr__(self) -> str:
+        state = f"from step {self._next}" if self._end.alive else "closed"
+        return (
+            f"{type(self).__name__}(of {self._of}, every={self._every}, {state}, "
+            f"{len(self.rows)} rows)"
         )
-        places = range(0, len(steps), max(1, len(steps) // 6))
-        heatmap.set_xticks(places, [str(steps[i]) for i in places])
-        named = range(0, len(layers), max(1, len(layers) // 12))
-        heatmap.set_yticks(named, [layers[i] or "(model)" for i in named])
-        heatmap.set(title=f"{side}, by layer", xlabel="optimizer step")
-        figure.colorbar(image, ax=heatmap, label="parallel share")
-        for i, (layer, values) in enumerate(zip(layers, means, strict=True)):
-            colour = colours(0.85 * i / max(1, len(layers) - 1))
-            lines.plot(steps, values, marker=".", color=colour, label=layer or "(model)")
-        if chance:
-            lines.axhline(chance[0], color="black", linestyle=":", label="by chance")
-        lines.set(title=f"{side}, mean over heads", xlabel="optimizer step", ylim=(0, limit))
-        lines.set_ylabel("parallel share")
-        if len(layers) <= 8:
-            lines.legend(fontsize="small")
-    figure.suptitle("Share of the gradient's energy that is in the parallel span")
-    return figure
 
 
-def _average(values: list[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+def _teller(monitor: weakref.ref[SpanMonitor]) -> Callable[..., None]:
+    """Return a hook on steps that does not keep the monitor it tells."""
+
+    def after_step(optimizer: Any, *_: Any) -> None:
+        told = monitor()
+        if told is not None:
+            told._after_step(optimizer)
+
+    return after_step
+
+
+def _stop(handle: Any, stops: list[Callable[[], None]]) -> None:
+    handle.remove()
+    while stops:
+        stops.pop()()
+
+
+def _end(handle: Any, stops: list[Callable[[], None]], rows: list[dict[str, Any]]) -> None:
+    """Stop a monitor that nobody keeps."""
+    _stop(handle, stops)
+    if not rows:
+        warnings.warn(
+            "a SpanMonitor was dropped before it measured anything: keep it in a variable while "
+            "training, and close() it then",
+            stacklevel=2,
+        )

@@ -1,7 +1,10 @@
 """SpanMonitor measures what the formulas say, changes nothing, and costs nothing in between."""
 
+import gc
 import json
 import math
+import resource
+import signal
 import sys
 
 import numpy as np
@@ -13,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from spanopt import SpanMonitor, SpanScale, SpanScaledOptimizer, token_mask
+from spanopt import SpanMonitor, SpanScale, SpanScaledOptimizer, measures, token_mask
 
 B, N, D, H = 3, 11, 16, 4
 
@@ -398,7 +401,7 @@ def test_weights_and_biases_has_the_mean_over_heads(real, tmp_path):
 def test_the_picture_is_labelled(tmp_path):
     pytest.importorskip("matplotlib")
     _, monitor = train(decoder(), True)
-    figure = monitor.plot(tmp_path / "shares.png")
+    figure = monitor.plot(path=tmp_path / "shares.png")
     assert (tmp_path / "shares.png").stat().st_size > 10_000
     layers = list(dict.fromkeys(row["layer"] for row in monitor.rows))
     heatmap, lines = figure.axes[:2]
@@ -436,12 +439,13 @@ def test_a_detached_optimizer_ends_it():
     optimizer = SpanScaledOptimizer(
         torch.optim.AdamW(model.parameters()), model, SpanScale(2.0, 1.0)
     )
+    stance = torch._dynamo.eval_frame._stance
     monitor = SpanMonitor(optimizer)
     optimizer.detach()
     model(torch.randint(11, (2, 12))).square().mean().backward()
     optimizer.step()
     assert monitor.rows == []
-    assert monitor._stances == []
+    assert torch._dynamo.eval_frame._stance is stance
     monitor.close()
 
 
@@ -472,3 +476,363 @@ def test_layers_that_come_later_are_measured():
             x.pow(2).mean().backward()
             optimizer.step()
     assert {row["layer"] for row in monitor.rows} == {"0.self_attn", "1.self_attn"}
+
+
+# --- what can't be measured or written ends no step ----------------------------------------------
+
+
+def parameters_after(step, model, monitored, **options):
+    """Return the parameters after a training step, and what was measured."""
+    optimizer = SpanScaledOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, SpanScale(2.0, 1.0)
+    )
+    monitor = SpanMonitor(optimizer, every=1, **options) if monitored else None
+    step(model, optimizer)
+    if monitor is not None:
+        monitor.close()
+    optimizer.detach()
+    return [p.detach().clone() for p in model.parameters()], monitor
+
+
+def assert_monitor_changes_nothing(build, step, match):
+    torch.manual_seed(0)
+    bare, _ = parameters_after(step, build(), False)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=match) as caught:
+        watched, monitor = parameters_after(step, build(), True)
+    assert sum("SpanMonitor" in str(warning.message) for warning in caught) == 1
+    for x, y in zip(bare, watched, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+    return monitor
+
+
+def packed():
+    return nn.TransformerEncoderLayer(D, H, 16, batch_first=True)
+
+
+KINDS = {
+    "score": lambda: Attention("score"),
+    "by hand": lambda: Attention("by hand"),
+    "packed": packed,
+}
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_that_are_not_finite_are_noted_and_training_goes_on(kind, value):
+    def step(model, optimizer):
+        for batch in (torch.full((2, N, D), value), torch.randn(2, N, D)):
+            optimizer.zero_grad()
+            model(batch).pow(2).sum().backward()
+            optimizer.step()
+
+    monitor = assert_monitor_changes_nothing(KINDS[kind], step, "was not fully measured in step 0")
+    assert {row["step"] for row in monitor.rows} == {0, 1}
+    assert all("effective_rank is nan" in row["problem"] for row in monitor.rows)
+    assert all(row["condition"] is None for row in monitor.rows)
+
+
+@pytest.mark.parametrize("shape", [(0, N, D), (2, 0, D)], ids=["batch", "sequence"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_batch_or_sequence_is_noted_and_training_goes_on(kind, shape):
+    def step(model, optimizer):
+        model(torch.randn(shape)).pow(2).sum().backward()
+        optimizer.step()
+
+    monitor = assert_monitor_changes_nothing(KINDS[kind], step, "the batch or the sequence is emp")
+    assert [(row["side"], row["head"]) for row in monitor.rows] == [("query", None), ("key", None)]
+    assert all("is empty" in row["problem"] for row in monitor.rows)
+
+
+def test_an_error_while_measuring_is_noted_and_training_goes_on(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory\nand more")
+
+    def step(model, optimizer):
+        model(torch.randn(2, N, D)).pow(2).sum().backward()
+        optimizer.step()
+
+    monkeypatch.setattr(torch.linalg, "svdvals", fail)
+    monitor = assert_monitor_changes_nothing(KINDS["score"], step, "OutOfMemoryError: no memory")
+    assert len(monitor.rows) == 2
+
+
+def test_an_overflowing_step_is_skipped_under_a_grad_scaler_as_without_a_monitor():
+    def step(model, optimizer):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        for factor in (1.0, math.inf, 1.0):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.randn(2, N, D)).pow(2).sum() * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 2.0**9
+
+    monitor = assert_monitor_changes_nothing(KINDS["score"], step, "leaves out 1 of 2 backward")
+    assert {row["step"] for row in monitor.rows} == {0, 1}  # the skipped step is none
+    assert all(row["parallel_energy"] > 0 for row in monitor.rows)
+
+
+@pytest.fixture
+def small_files():
+    """Give a function that limits the size of files, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_rows_wait_for_a_disk_that_is_full(tmp_path, small_files):
+    path = tmp_path / "run.jsonl"
+    model = Attention("score")
+    optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model, {"*": (2.0, 1.0)})
+    sizes = []
+
+    def train_on_a_full_disk():
+        for limit in (10**6, 4000, 4000, 10**6):
+            small_files(limit)
+            model(torch.randn(2, N, D)).pow(2).sum().backward()
+            optimizer.step()
+            sizes.append(path.stat().st_size)
+
+    with SpanMonitor(optimizer, every=1, path=path) as monitor:
+        with pytest.warns(UserWarning, match=r"run\.jsonl could not be written to.*wait") as caught:
+            train_on_a_full_disk()
+    assert len(caught) == 1
+    assert 0 < sizes[0] == sizes[1] == sizes[2] < 4000  # nothing half written is left
+    assert SpanMonitor.read(path) == monitor.rows
+    assert len(monitor.rows) == 4 * 2 * H
+
+
+def test_rows_that_never_got_to_disk_are_counted():
+    model = Attention("score")
+    optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model, {"*": (2.0, 1.0)})
+    monitor = SpanMonitor(optimizer, path="/dev/full")
+    model(torch.randn(2, N, D)).pow(2).sum().backward()
+    with pytest.warns(UserWarning, match="/dev/full could not be written to: .*No space left"):
+        optimizer.step()
+    with pytest.warns(UserWarning, match=f"{2 * H} rows could not be written to /dev/full"):
+        monitor.close()
+    assert len(monitor.rows) == 2 * H
+
+
+def test_a_writer_or_a_run_that_is_closed_is_named_once():
+    class Closed:
+        def define_metric(self, *_, **__):
+            pass
+
+        def add_scalar(self, *_):
+            raise ValueError("I/O operation on closed file")
+
+        log = add_scalar
+
+    with pytest.warns(UserWarning, match="closed file") as caught:
+        _, monitor = train(decoder(), True, writer=Closed(), run=Closed())
+    assert [str(warning.message).partition(":")[2][:10] for warning in caught] == [
+        " writer ta",
+        " run takes",
+    ]
+    assert {row["step"] for row in monitor.rows} == {0, 2, 4}
+
+
+def test_rows_are_strict_json(tmp_path):
+    """A Q of rank 1 has no finite condition number, and zero gradients no cosine."""
+
+    def refuse(token):
+        raise AssertionError(token)
+
+    model = Attention("score")
+    nn.init.ones_(model.q.weight)
+    nn.init.zeros_(model.q.bias)
+    path = tmp_path / "run.jsonl"
+    optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters()), model, {"*": (2.0, 1.0)})
+    monitor = SpanMonitor(optimizer, path=path)
+    (0 * model(torch.zeros(2, N, D))).sum().backward()
+    with pytest.warns(UserWarning, match="not fully measured"):
+        optimizer.step()
+    monitor.close()
+    lines = path.read_text().splitlines()
+    assert [json.loads(line, parse_constant=refuse) for line in lines] == monitor.rows
+    row = monitor.rows[0]
+    assert row["cosine"] is row["condition"] is row["parallel_share"] is None
+    assert "condition is nan; cosine is nan" in row["problem"]
+    assert "the gradient is zero" in row["problem"]
+
+
+def test_a_torn_line_is_left_out_and_what_follows_starts_a_new_one(tmp_path):
+    path = tmp_path / "run.jsonl"
+    first = train(decoder(), True, steps=1, path=path)[1].rows
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.warns(UserWarning, match=f"line {len(first)} of .*run.jsonl is no row"):
+        assert SpanMonitor.read(path) == first[:-1]
+    second = train(decoder(), True, steps=1, path=path)[1].rows
+    with pytest.warns(UserWarning, match="is no row"):
+        assert SpanMonitor.read(path) == first[:-1] + second
+
+
+# --- several monitors, compiled code, and its stances --------------------------------------------
+
+
+@pytest.fixture
+def stance():
+    """Give the stance of torch.compile, which every test must leave in force."""
+    before = torch._dynamo.eval_frame._stance
+    yield before
+    assert torch._dynamo.eval_frame._stance is before
+
+
+def optimizer_of(model):
+    return SpanScaledOptimizer(torch.optim.AdamW(model.parameters()), model, SpanScale(2.0, 1.0))
+
+
+def take_step(call, optimizer):
+    optimizer.zero_grad()
+    call(torch.randint(11, (2, 12))).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_monitors_close_in_any_order(order, stance):
+    torch._dynamo.reset()
+    models = [decoder(0), decoder(1)]
+    calls = [torch.compile(model, backend="aot_eager") for model in models]
+    optimizers = [optimizer_of(model) for model in models]
+    monitors = [SpanMonitor(optimizer, every=1) for optimizer in optimizers]
+    for call, optimizer in zip(calls, optimizers, strict=True):
+        take_step(call, optimizer)
+    monitors[order[0]].close()
+    take_step(calls[order[1]], optimizers[order[1]])
+    monitors[order[1]].close()
+    assert torch._dynamo.eval_frame._stance is stance
+    steps = [{row["step"] for row in monitor.rows} for monitor in monitors]
+    assert steps[order[0]] == {0}
+    assert steps[order[1]] == {0, 1}
+    assert not any(row["problem"] for monitor in monitors for row in monitor.rows)
+
+
+def test_two_monitors_of_one_optimizer_measure_the_same(stance):
+    model = decoder()
+    optimizer = optimizer_of(model)
+    with SpanMonitor(optimizer, every=2) as first, SpanMonitor(optimizer, every=1) as second:
+        for _ in range(3):
+            take_step(model, optimizer)
+    assert first.rows == [row for row in second.rows if row["step"] != 1]
+    assert len({row["step"] for row in second.rows}) == 3
+
+
+@pytest.mark.parametrize("name", ["fail_on_recompile", "eager_on_recompile", "force_eager"])
+def test_the_users_stance_is_in_force_again_after_a_measured_step(name, stance):
+    model = decoder()
+    optimizer = optimizer_of(model)
+    with torch.compiler.set_stance(name):
+        users = torch._dynamo.eval_frame._stance
+        with SpanMonitor(optimizer, every=2) as monitor:
+            assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+            take_step(model, optimizer)
+            assert torch._dynamo.eval_frame._stance is users
+            take_step(model, optimizer)
+        assert torch._dynamo.eval_frame._stance is users
+    assert {row["step"] for row in monitor.rows} == {0}
+
+
+def test_a_stance_that_is_set_back_after_the_monitor_is_closed_leaves_nothing_eager(stance):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = decoder()
+    call = torch.compile(model, backend="aot_eager")
+    optimizer = optimizer_of(model)
+    monitor = SpanMonitor(optimizer)
+    with torch.compiler.set_stance("default"):
+        with pytest.warns(UserWarning, match="compiled code ran"):
+            take_step(call, optimizer)
+        monitor.close()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    take_step(call, optimizer)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
+    with SpanMonitor(optimizer):
+        take_step(call, optimizer)
+    torch._dynamo.eval_frame._stance = stance  # the wrapper that set_stance put back is harmless
+
+
+def test_a_step_in_code_that_is_compiled_in_spite_of_the_monitor_is_noted(stance):
+    torch._dynamo.reset()
+    model = decoder()
+    call = torch.compile(model, backend="aot_eager")
+    optimizer = optimizer_of(model)
+    take_step(call, optimizer)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with SpanMonitor(optimizer, every=1) as monitor:
+        with torch.compiler.set_stance("fail_on_recompile"):
+            with pytest.warns(UserWarning, match="compiled code ran"):
+                take_step(call, optimizer)
+        take_step(call, optimizer)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    first = [row for row in monitor.rows if row["step"] == 0]
+    assert [row["layer"] for row in first] == [site.name for site in optimizer.hooks.sites]
+    assert all("compiled code ran" in row["problem"] for row in first)
+    assert all(row["parallel_share"] for row in monitor.rows if row["step"] == 1)
+
+
+def test_a_monitor_that_is_dropped_stops(stance, tmp_path):
+    model = decoder()
+    optimizer = optimizer_of(model)
+    monitor = SpanMonitor(optimizer, every=1, path=tmp_path / "run.jsonl")
+    take_step(model, optimizer)
+    rows = monitor.rows
+    del monitor
+    gc.collect()
+    assert torch._dynamo.eval_frame._stance is stance
+    take_step(model, optimizer)
+    assert {row["step"] for row in rows} == {0}
+    assert not optimizer._optimizer_step_post_hooks
+    assert all(tap.watcher is None for tap in optimizer.hooks._taps)
+
+
+def test_a_monitor_that_is_dropped_before_it_measured_anything_says_so(stance):
+    optimizer = optimizer_of(decoder())
+    with pytest.warns(UserWarning, match="keep it in a variable"):
+        SpanMonitor(optimizer)
+
+
+def test_a_dropped_optimizer_leaves_nothing_eager(stance):
+    optimizer = optimizer_of(decoder())
+    monitor = SpanMonitor(optimizer)
+    del optimizer
+    gc.collect()
+    assert torch._dynamo.eval_frame._stance is stance
+    monitor.close()
+
+
+# --- what is shown -------------------------------------------------------------------------------
+
+
+def test_the_repr_says_what_it_does(stance):
+    optimizer = optimizer_of(decoder())
+    with SpanMonitor(optimizer, every=5) as monitor:
+        assert repr(monitor) == "SpanMonitor(of AdamW, every=5, from step 0, 0 rows)"
+    assert repr(monitor) == "SpanMonitor(of AdamW, every=5, closed, 0 rows)"
+
+
+def test_every_column_can_be_drawn():
+    pytest.importorskip("matplotlib")
+    _, monitor = train(decoder(), True)
+    measured = [name for name in monitor.rows[0] if name not in ("step", "layer", "side", "head")]
+    for column in measured[:-1]:
+        figure = monitor.plot(column)
+        assert figure.axes[1].get_lines()[0].get_ydata()[0] == pytest.approx(
+            np.mean([r[column] for r in monitor.rows[:4]])
+        )
+    with pytest.raises(ValueError, match=r"no column is named 'shares.png'; .* pass path="):
+        monitor.plot("shares.png")
+
+
+def test_rows_with_problems_can_be_drawn_and_put_in_tables():
+    pytest.importorskip("matplotlib")
+    pandas = pytest.importorskip("pandas")
+    _, monitor = train(decoder(), True)
+    for row in monitor.rows[: len(monitor.rows) // 3]:
+        row.update(dict.fromkeys(measures.MEASURES), problem="made up")
+    assert monitor.plot("condition") is not None
+    assert pandas.api.types.is_float_dtype(monitor.to_pandas().condition)

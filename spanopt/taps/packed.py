@@ -60,7 +60,7 @@ def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any
     queries, keys = (tokens or Tokens() for tokens in tap.given() or (None, None))
     keys = appended(keys, (bound["bias_k"] is not None) + bool(bound["add_zero_attn"]))
     same = query is key or (query.shape == key.shape and tap.is_self_attention(query, key))
-    values = (*tap.query, *tap.key, *queries, *keys, same, tap.site.name, heads, tap.watcher)
+    values = (*tap.query, *tap.key, *queries, *keys, same, tap.site.name, heads, tap.watching())
     if tap.checkpoints:
         return _forward_keeping(tap.keeping, *values, *args, **kwargs)
     return _forward(*values, *args, **kwargs)

@@ -231,7 +231,7 @@ class ProjectionTap(Tap):
             scale = self.query if side == "query" else self.key
             tokens = given_tokens(given[side], shape, side, layer) or Tokens()
             settings += [*scale, *tokens]
-        idle = self.watcher is None and all(mode == "identity" for mode in settings[::_PER_SIDE])
+        idle = self.watching() is None and all(mode == "identity" for mode in settings[::_PER_SIDE])
         if idle or not (output.requires_grad and torch.is_grad_enabled()):
             return output
         thread.busy = True  # compiled code traces the backward here, where there is no call
@@ -243,8 +243,9 @@ class ProjectionTap(Tap):
         finally:
             thread.busy = False
         call.streams.follow("", result, (output,), {})
-        if self.watcher is not None:
-            self._watch(self.watcher, projection, output.detach(), settings, result)
+        watcher = self.watching()
+        if watcher is not None:
+            self._watch(watcher, projection, output.detach(), settings, result)
         return result
 
     def _watch(
@@ -258,6 +259,8 @@ class ProjectionTap(Tap):
         """Have a watcher told of the gradients of each side."""
 
         def note(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+            if inputs[0] is None or outputs[0] is None:
+                return
             for i, (side, first, count) in enumerate(projection.sides):
                 part = projection.blocks, projection.width, first, count
                 x, given, rescaled = (

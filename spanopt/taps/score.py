@@ -33,7 +33,7 @@ def _scaled_dot_product_attention(
             same = query.shape[-2] == key.shape[-2] and tap.is_self_attention(query, key)
             queries, keys = tap.tokens(query, key, seen, same)
             of_query, of_key = other_sides(tap.method.setup, tap.site.name, query, key)
-            watcher, layer = tap.watcher, tap.site.name
+            watcher, layer = tap.watching(), tap.site.name
             if watcher is not None:
                 watcher.scores(layer, query, key, queries.mask, attn_mask, *args, **kwargs)
             with tap.keeping():

@@ -581,9 +581,10 @@ def _softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
             product.swapped.append(sides[0] is scores.axes[0])
         x, real = _switch_on(tap, x, product, scores.read)
     weights = func(x, *rest, **kwargs)
-    if tap.watcher is not None:
+    watcher = tap.watching()
+    if watcher is not None:
         by_query = weights.detach() if axis == -1 else weights.detach().transpose(axis, -1)
-        tap.watcher.weights(tap.site.name, by_query, real)
+        watcher.weights(tap.site.name, by_query, real)
     return _carry(tap, weights, _WEIGHTS)
 
 
@@ -603,6 +604,7 @@ def _switch_on(tap: Tap, x: Tensor, product: _Product, read: Read) -> tuple[Tens
     tap.observe(query.x, key.x, "softmax")
     tokens = tap.tokens(query.x, key.x, read, product.self_attention)
     of_query, of_key = tap.given() or (None, None)
+    watcher = tap.watching()
     if swapped and of_query is not of_key and any(side.documents is not None for side in tokens):
         raise ValueError(
             f"layer {tap.site.name!r} multiplies keys by queries, in this order: token_mask can "
@@ -612,9 +614,9 @@ def _switch_on(tap: Tap, x: Tensor, product: _Product, read: Read) -> tuple[Tens
         if operand.switches is not None:
             mask = None if real.mask is None else real.mask.reshape(-1, real.mask.shape[-1])
             x = switch_on(x, *operand.switches, side=side, mask=mask)
-            if tap.watcher is not None:
+            if watcher is not None:
                 of_node = tap.site.name, side, operand.x, tap.method, *real, operand.other
-                watch_node(tap.watcher, Watched(*of_node), operand.node)
+                watch_node(watcher, Watched(*of_node), operand.node)
     return x, tokens[0].mask
 
 

@@ -255,7 +255,7 @@ class Tap(TorchFunctionMode):
         lost: Set when, after that, a softmax was taken of something else.
         connected: Set when the layer returned something that gradients flow back through.
         detached: Set when it could have, and returned only tensors that none flow back through.
-        watcher: Who is told of Q, K and their gradients, just now.
+        watcher: Who is told of Q, K and their gradients: see :meth:`watching`.
         held: Set when the scales are moved by a schedule: see :meth:`spanopt.SpanHooks.hold`.
         checkpoints: Set while the layer runs a part of itself under activation checkpointing.
         removed: Set when the tap was taken off its layer: it then does nothing.
@@ -308,6 +308,14 @@ class Tap(TorchFunctionMode):
             self._check_heads("query", query, self.site.heads)
             self._check_heads("key", key, self.site.kv_heads)
         self.query, self.key = query, key
+
+    def watching(self) -> Watcher | None:
+        """Return who is told of Q, K and their gradients, just now.
+
+        In compiled code it is nobody, as no Python is left there that could tell. There the
+        attribute is not read, so that nothing is compiled anew when somebody comes or goes.
+        """
+        return None if torch.compiler.is_compiling() else self.watcher
 
     def enter(self, arguments: Any = ()) -> None:
         """Start watching this thread's calls.
@@ -553,12 +561,12 @@ class Tap(TorchFunctionMode):
 
     def projects(self, *tensors: Tensor) -> bool:
         """Whether a node on one of these will project, which is when real tokens matter."""
-        project = self.query.projects() or self.key.projects() or self.watcher is not None
+        project = self.query.projects() or self.key.projects() or self.watching() is not None
         return project and any(x.requires_grad for x in tensors) and torch.is_grad_enabled()
 
     def is_idle(self) -> bool:
         """Whether no node is needed."""
-        return self.query.mode == self.key.mode == "identity" and self.watcher is None
+        return self.query.mode == self.key.mode == "identity" and self.watching() is None
 
     def is_self_attention(self, query: Tensor, key: Tensor) -> bool:
         """Whether Q and K were computed from the same of the layer's inputs."""

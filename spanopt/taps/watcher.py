@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from spanopt.node import Method
 from spanopt.shards import is_spread
 
-__all__ = ["Watched", "Watcher", "watch_node"]
+__all__ = ["Watched", "Watcher", "Watchers", "watch_node"]
 
 
 class Watched(NamedTuple):
@@ -20,9 +21,10 @@ class Watched(NamedTuple):
         side: ``"query"`` or ``"key"``.
         x: Its values, shape ``(..., H, N, d)``.
         method: How its gradient is rescaled, beside the factors.
-        mask: Boolean, broadcastable to ``(..., H, N)``, true at real tokens.
-        documents: As in :func:`~spanopt.projection.rescale_by_document`.
-        other: The other side, where the projection needs it.
+        mask: Boolean, broadcastable to ``(..., H, N)``, true at real tokens; ``None`` if all are.
+        documents: Integers, shape ``(B, N)``: the number of the document that a token is of; tokens
+            below 0 are padding. ``None`` where a sequence is one document.
+        other: The other side, shape ``(..., H, M, d)``, where the projection needs it.
     """
 
     layer: str
@@ -35,10 +37,10 @@ class Watched(NamedTuple):
 
 
 class Watcher(Protocol):
-    """Told of the attention calls of one optimizer step."""
+    """Told of the attention calls of one optimizer step. Its methods raise nothing."""
 
     def gradients(self, watched: Watched, given: Tensor, rescaled: Tensor) -> None:
-        """Take note of a gradient before and after, both like ``watched.x``."""
+        """Take note of a gradient before and after, both with the shape of ``watched.x``."""
         ...
 
     def scores(
@@ -55,22 +57,68 @@ class Watcher(Protocol):
     ) -> None:
         """Take note of an attention whose weights are not seen.
 
+        The last five arguments are those of ``torch.nn.functional.scaled_dot_product_attention``.
+
         Args:
             layer: Name of the layer.
             query: Shape ``(..., H, N, d)``.
             key: Shape ``(..., H', M, d)``.
             real: True at real queries, broadcastable to ``(..., H, N)``.
-            mask: As ``scaled_dot_product_attention`` takes it.
-            dropout_p: Likewise.
-            is_causal: Likewise.
-            scale: Likewise.
-            enable_gqa: Likewise.
+            mask: Its ``attn_mask``.
+            dropout_p: Probability of dropout.
+            is_causal: Whether a query sees no later key.
+            scale: Factor of the scores; ``None`` for 1 / sqrt(d).
+            enable_gqa: Whether several query heads share a key head.
         """
         ...
 
     def weights(self, layer: str, weights: Tensor, real: Tensor | None) -> None:
         """Take note of attention weights, shape ``(..., H, N, M)``, and of the real queries."""
         ...
+
+    def failed(self, layer: str, side: str | None, reason: str) -> None:
+        """Take note of what could not be measured, of one side or of the attention weights."""
+        ...
+
+    def ran(self, layer: str) -> None:
+        """Take note, at the end of a step, that the layer's attention ran in it."""
+        ...
+
+
+class Watchers:
+    """Several watchers that are told the same.
+
+    Args:
+        watchers: The watchers.
+    """
+
+    def __init__(self, watchers: Sequence[Watcher]) -> None:
+        self.watchers = tuple(watchers)
+
+    def gradients(self, *args: Any, **kwargs: Any) -> None:
+        """Pass on :meth:`Watcher.gradients`."""
+        for watcher in self.watchers:
+            watcher.gradients(*args, **kwargs)
+
+    def scores(self, *args: Any, **kwargs: Any) -> None:
+        """Pass on :meth:`Watcher.scores`."""
+        for watcher in self.watchers:
+            watcher.scores(*args, **kwargs)
+
+    def weights(self, *args: Any, **kwargs: Any) -> None:
+        """Pass on :meth:`Watcher.weights`."""
+        for watcher in self.watchers:
+            watcher.weights(*args, **kwargs)
+
+    def failed(self, *args: Any, **kwargs: Any) -> None:
+        """Pass on :meth:`Watcher.failed`."""
+        for watcher in self.watchers:
+            watcher.failed(*args, **kwargs)
+
+    def ran(self, *args: Any, **kwargs: Any) -> None:
+        """Pass on :meth:`Watcher.ran`."""
+        for watcher in self.watchers:
+            watcher.ran(*args, **kwargs)
 
 
 def watch_node(watcher: Watcher, watched: Watched, node: Tensor) -> None:
@@ -81,15 +129,11 @@ def watch_node(watcher: Watcher, watched: Watched, node: Tensor) -> None:
         watched: What the node is on.
         node: The tensor with the node on it. Its ``grad_fn`` has the gradient given as its first
             output's, and the rescaled one as its first input's.
-
-    Raises:
-        TypeError: It is a ``DTensor``.
     """
     if is_spread(node):
-        raise TypeError(
-            f"layer {watched.layer!r}: the {watched.side} tensor is a DTensor, spread over "
-            "processes, which SpanMonitor does not measure: close() the monitor here"
-        )
+        reason = "it is a DTensor, spread over processes, which is not measured"
+        watcher.failed(watched.layer, watched.side, reason)
+        return
     watched = watched._replace(x=watched.x.detach())
 
     def note(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> Any:
