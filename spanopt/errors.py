@@ -6,6 +6,8 @@ import fnmatch
 import re
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from spanopt.sites import AttentionSite
 
 __all__ = [
@@ -13,6 +15,7 @@ __all__ = [
     "UnscaledLayerError",
     "no_attention_called",
     "not_scaled_since_step",
+    "unclear_mask",
     "what_was_seen",
 ]
 
@@ -153,6 +156,36 @@ def _pattern(missing: list[AttentionSite], scaled: list[AttentionSite]) -> str:
         if len(fnmatch.filter(names, pattern)) == len(names) and not others:
             return pattern
     return names[0]
+
+
+def unclear_mask(
+    layers: Iterable[str], keys: Tensor | None = None, queries: Tensor | None = None
+) -> ValueError:
+    """Return the error about attention masks that do not tell which tokens are real.
+
+    Args:
+        layers: The names of the layers.
+        keys: Where keys are open to any query: boolean, shape ``(B, M)``; ``None`` if not known.
+        queries: Where queries see any key: boolean, shape ``(B, N)``; ``None`` if not known.
+    """
+    layers = list(layers)
+    seen = "tokens"
+    for side, real in (("keys", keys), ("queries", queries)):
+        if real is not None and not bool(real.all()):
+            row = int((~real).any(-1).nonzero()[0])
+            closed = (~real[row]).nonzero().flatten().tolist()
+            some = ", ".join(map(str, closed[:8])) + (", ..." if len(closed) > 8 else "")
+            seen = f"{side} {some} of {real.shape[1]} in sequence {row} of {len(real)}"
+            break
+    return ValueError(
+        f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(repr, layers))}: the attention mask "
+        f"closes {seen} to all others, and nothing tells whether they are padding or real tokens "
+        "that the pattern of attention leaves out. Say which tokens are real: "
+        "with spanopt.token_mask(mask): around the forward pass, where mask has the shape "
+        "(batch, length) and is true at real tokens; it is all true where there is no padding. "
+        "A padding mask (batch, length) that the model is called with as attention_mask, "
+        "padding_mask or the like tells too, if it closes the same tokens"
+    )
 
 
 def _listed(sites: Iterable[AttentionSite]) -> str:

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from spanopt.compiling import run_eagerly
-from spanopt.errors import no_attention_called, not_scaled_since_step
+from spanopt.errors import no_attention_called, not_scaled_since_step, unclear_mask
 from spanopt.node import Method
 from spanopt.plan import LayerPlan, claim, release
 from spanopt.probing import run_once
 from spanopt.scale import SpanGroup, SpanScale, scales_of
-from spanopt.sites import AttentionSite
+from spanopt.sites import AttentionSite, named_modules
 from spanopt.table import table
 from spanopt.taps import HANDLERS
-from spanopt.taps.module_hooks import Enter, Leave, Output, drop_inert, no_hook
+from spanopt.taps.module_hooks import Enter, Leave, NoteMasks, Output, drop_inert, no_hook
 from spanopt.taps.projection import ProjectionTap
 from spanopt.taps.tap import Tap, remove_stale, thread
 from spanopt.taps.watcher import Watcher, Watchers
@@ -55,6 +55,8 @@ class SpanHooks:
         self._handles: dict[Tap | None, list[Any]] = {None: []}
         self._on_missing = on_missing
         self._watchers: list[tuple[Watcher, Callable[[], None]]] = []
+        self._root = root
+        self._noted: dict[nn.Module, NoteMasks] = {}
         if root is not None and on_missing == "error":
             drop_inert(root)
             self._handles[None].append(root.register_forward_hook(_CheckCalled(self._taps)))
@@ -96,6 +98,7 @@ class SpanHooks:
                 shields.append(Tap(site, SpanScale(1.0, 1.0), Method(), HANDLERS))
         for tap in (*taps, *shields):
             self._install(tap)
+        self._note_masks(taps)
         self.groups += groups
         self._groups += groups
         self.sites += [layer.site for layer in layers]
@@ -118,6 +121,27 @@ class SpanHooks:
                 hook = Output(tap, projection)
                 handles.append(projection.module.register_forward_hook(hook))
         claim(module)
+
+    def _note_masks(self, taps: Sequence[Tap]) -> None:
+        """Have the padding masks noted that the layers and the modules around them are given."""
+        around: dict[str, list[Tap]] = {}
+        for tap in taps:
+            parts = tap.site.name.split(".") if tap.site.name else []
+            for count in range(len(parts) + 1):
+                around.setdefault(".".join(parts[:count]), []).append(tap)
+        for name, module in () if self._root is None else named_modules(self._root):
+            if name not in around:
+                continue
+            note = self._noted.get(module) or NoteMasks(module)
+            if not note.is_needed:
+                continue
+            if module not in self._noted:
+                self._noted[module] = note
+                drop_inert(module)
+                hook = module.register_forward_pre_hook(note, with_kwargs=True)
+                self._handles[None].append(hook)
+            for tap in around[name]:
+                tap.noted = (*tap.noted, note)
 
     def drop(self, modules: Iterable[nn.Module]) -> None:
         """Take the taps off layers, as off those that are no longer in the model.
@@ -192,7 +216,8 @@ class SpanHooks:
 
         Raises:
             UnscaledLayerError: There is one, and ``on_missing`` is ``"error"``.
-            ValueError: An entry of ``groups`` was replaced rather than edited.
+            ValueError: An entry of ``groups`` was replaced rather than edited, or an attention
+                mask does not tell which tokens are real, see :meth:`check_masks`.
 
         Example:
             >>> from torch import nn
@@ -202,6 +227,7 @@ class SpanHooks:
             ...
             spanopt.errors.UnscaledLayerError: not scaled since the last step: ...
         """
+        self.check_masks()
         missing = self.unseen()
         if not missing or self._on_missing == "ignore":
             return
@@ -213,6 +239,30 @@ class SpanHooks:
             self.forget()
             raise error
         warnings.warn(str(error), stacklevel=3)
+
+    def check_masks(self) -> None:
+        """Refuse attention masks that did not tell which tokens are real.
+
+        In eager code on the CPU the forward pass raises that error. On an accelerator and in
+        compiled code it would have to wait for the device, so it is raised here, and this waits.
+
+        Raises:
+            ValueError: There was such a mask since :meth:`forget`.
+
+        Example:
+            >>> from torch import nn
+            >>> from spanopt import attach
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).check_masks()
+        """
+        taps = [tap for tap in self._taps if tap.deferred]
+        if not taps:
+            return
+        device = taps[0].unclear.device
+        unclear = torch.cat([tap.unclear.to(device) for tap in taps]).tolist()
+        names = [tap.site.name for tap, count in zip(taps, unclear, strict=True) if count]
+        if names:
+            self.forget()
+            raise unclear_mask(names)
 
     def probe(self, model: nn.Module, example_inputs: Any) -> None:
         """Run one forward pass, to learn what only that can tell.
@@ -240,6 +290,7 @@ class SpanHooks:
             run_once(model, example_inputs)
             if self._on_missing == "error":
                 _check_called(self._taps, only_entered=False)
+            self.check_masks()
         finally:
             thread.probing = False
             self.forget()

@@ -237,6 +237,7 @@ class SpanScaledOptimizer(Optimizer):
 
     def _check_seen(self) -> None:
         remove_stale()
+        self.hooks.check_masks()
         if (
             self._request.on_missing != "ignore"
             and self.hooks.unseen()

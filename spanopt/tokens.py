@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from spanopt.taps.masks import Tokens
+from spanopt.taps.real import Tokens
 from spanopt.taps.tap import live_taps, thread
 
 __all__ = ["token_mask"]

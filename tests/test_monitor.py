@@ -37,7 +37,7 @@ class Attention(nn.Module):
             x.register_hook(lambda g: self.kept.update({f"{name}_grad": g.numpy().copy()}))
         return x
 
-    def forward(self, x, mask=None):
+    def forward(self, x, mask=None, padding_mask=None):
         split = lambda y, h: y.unflatten(-1, (h, -1)).transpose(1, 2)  # noqa: E731
         q = split(self.q(x), H)
         k, v = (split(part, self.kv_heads) for part in self.kv(x).chunk(2, -1))
@@ -206,11 +206,11 @@ def test_padding_is_left_out(kind):
     real = torch.arange(N + 5) < N
 
     def by_mask():
-        return model(padded, real[None, None, None])[:, :, :N].pow(2).sum()
+        return model(padded, real[None, None, None], real[None])[:, :, :N].pow(2).sum()
 
     def given():
         with token_mask(real[None]):
-            return by_mask()
+            return model(padded, real[None, None, None])[:, :, :N].pow(2).sum()
 
     bare = one_step(model, lambda: model(x).pow(2).sum())
     alike(bare.rows, one_step(model, by_mask).rows)

@@ -491,13 +491,16 @@ def test_scores_that_are_overwritten_by_scores_tell_of_no_padding(attend):
 
 
 @pytest.mark.parametrize("kind", ["sdpa", "masked_fill", "masked_fill with merged heads"])
-def test_a_mask_of_padding_for_the_whole_batch_tells_of_it_in_each_sequence(kind):
+def test_a_mask_for_the_whole_batch_that_closes_keys_is_refused(kind):
     model, x = Model(KINDS[kind]).double(), normal(3, LENGTH, WIDTH)
     real = padding(lengths=(7, 7, 7))
     with attach(model, SCALE):
         expected = alone(model, x, real, keys)
-        assert_close(run(model, real, x, keys(real)[:1]), expected)
-        assert_close(run(model, real, x, (keys(real)[:1]).expand(1, 1, LENGTH, -1)), expected)
+        for mask in keys(real)[:1], keys(real)[:1].expand(1, 1, LENGTH, -1):
+            with pytest.raises(ValueError, match=r"'layers.0.attn': .* keys 7, 8, 9 of 10 in se"):
+                model(x, mask)
+            with token_mask(real):
+                assert_close(run(model, real, x, mask), expected)
 
 
 # Whether queries are the same tokens as keys.

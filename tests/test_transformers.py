@@ -106,9 +106,9 @@ def test_five_steps_on_the_gradients_of_the_reference(family, attention, record_
     record_property("error", error)
 
 
-def pad(rows, side):
+def pad(rows, side, length=0):
     """Stack rows of different lengths, with their mask."""
-    length = max(map(len, rows))
+    length = max(length, *map(len, rows))
     padded, mask = torch.zeros(2, len(rows), length, dtype=torch.long)
     for i, row in enumerate(rows):
         real = slice(len(row)) if side == "right" else slice(length - len(row), None)
@@ -150,6 +150,27 @@ def test_sequences_in_a_padded_batch_have_the_gradients_they_have_alone(family, 
     optimizer = wrap(model)
     error = largest_error(gradients(model, together()), gradients(model, alone()))
     assert error < tolerance
+    assert not optimizer.hooks.unseen()
+
+
+@pytest.mark.parametrize(("family", "attention", "side"), PADDED + PADDED_ENCODER)
+def test_one_padded_sequence_has_the_gradients_it_has_alone(family, attention, side):
+    model, (row, *_), tolerance = family.build(attention), ragged(), 1e-9
+    if attention == "eager" and family.rounds:
+        model, tolerance = model.float(), 1e-4
+    text, mask = pad([row], side, length=15)
+    inputs, alone = {"input_ids": text, "attention_mask": mask}, {"input_ids": row[None]}
+    if model.config.is_encoder_decoder:
+        targets, real = torch.randint(3, VOCABULARY, (1, 13)), None
+        inputs["decoder_input_ids"] = alone["decoder_input_ids"] = targets
+    else:
+        targets, real = text, mask
+        if side == "left":
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    own = targets if real is None else row[None]
+    optimizer = wrap(model)
+    actual = gradients(model, total_loss(model, targets, real, **inputs))
+    assert largest_error(actual, gradients(model, total_loss(model, own, **alone))) < tolerance
     assert not optimizer.hooks.unseen()
 
 

@@ -1,31 +1,62 @@
-"""Which tokens are real, as far as an attention mask tells."""
+"""What attention masks show of padding, and when they must be refused.
+
+A key that is closed to every query in every head may be padding, or a real token that the pattern
+of attention leaves out. The values of a mask do not always tell the two apart. :func:`judge` takes
+for padding only what nothing contradicts, and says so where nothing tells.
+"""
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "NotedMasks",
     "Read",
-    "Tokens",
+    "Shown",
+    "Verdict",
     "allowed",
     "allowed_by_fill",
-    "appended",
     "both",
-    "by_document",
-    "given_tokens",
+    "judge",
+    "padding_masks",
     "read",
-    "real_tokens",
+    "read_mask",
+    "transposed",
 ]
 
 # What is added to a score to forbid it: -inf, the dtype's minimum, -1e9, and -1e4 in bfloat16.
 _FORBIDDING = -9e3
 
-Read: TypeAlias = "tuple[Tensor, Tensor] | None"
-"""Real tokens of the two sides of a score matrix as its masks tell: boolean, shapes ``(B, N)`` and
-``(B, M)``, where any dimension may be 1; ``None`` where there is no mask."""
+
+class Shown(NamedTuple):
+    """What one attention mask shows of a score matrix (N, M), over all heads.
+
+    Attributes:
+        rows: Where a query sees any key: boolean, shape ``(B, N)``.
+        columns: Where any query sees a key: boolean, shape ``(B, M)``.
+        diagonal: Where query i sees key i: boolean, shape ``(B, N)``; ``None`` if the matrix is
+            not square.
+        above: Whether any query sees a key of a higher index: boolean, no dimension.
+        below: Whether any query sees a key of a lower index: boolean, no dimension.
+
+    Any size may be 1, and then holds for all.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    diagonal: Tensor | None
+    above: Tensor
+    below: Tensor
+
+
+Read: TypeAlias = "tuple[Shown, ...]"
+"""What the masks of one score matrix show, one by one."""
 
 
 def allowed(mask: Tensor) -> Tensor:
@@ -50,7 +81,7 @@ def allowed_by_fill(where: Tensor, value: float | Tensor) -> Tensor:
 
     Args:
         where: Boolean, true where a score is overwritten.
-        value: By what.
+        value: The new value of these scores.
 
     Returns:
         Boolean, shaped like ``where``.
@@ -67,216 +98,299 @@ def allowed_by_fill(where: Tensor, value: float | Tensor) -> Tensor:
     return ~where if value <= _FORBIDDING else torch.ones_like(where)
 
 
-def read(allowed: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
-    """Return the queries and keys that take part in any attention.
-
-    A key is padding when it is closed to every query in every head, a query when every key is
-    closed to it. So causal masks, windows and biases count as no padding.
+def read(allowed: Tensor, ndim: int) -> Read:
+    """Return what a mask shows.
 
     Args:
-        allowed: Where attention is allowed, broadcastable to the scores: ``(B, ..., N, M)`` or
-            ``(N, M)``.
+        allowed: Where attention is allowed: boolean, broadcastable to the scores, so of the shape
+            ``(B, ..., N, M)`` or ``(N, M)``.
         ndim: Number of dimensions of the scores.
 
     Returns:
-        Shapes ``(B, N)`` and ``(B, M)``, of size 1 where ``allowed`` is.
+        What it shows; nothing where it is known at once that every query and every key is open.
 
     Example:
         >>> import torch
         >>> causal = torch.ones(3, 3, dtype=torch.bool).tril()
-        >>> padding = torch.tensor([True, True, False])
-        >>> read(causal & padding, ndim=4)
-        (tensor([[True, True, True]]), tensor([[ True,  True, False]]))
+        >>> read(causal, ndim=4)
+        ()
+        >>> read(causal & torch.tensor([True, True, False]), ndim=4)[0].columns
+        tensor([[ True,  True, False]])
     """
     allowed = allowed[(None,) * (max(ndim, 3) - allowed.ndim)]
-    queries, keys = allowed.any(-1), allowed.any(-2)
     if allowed.ndim > 3:
-        queries, keys = (x.flatten(1, -2).any(1) for x in (queries, keys))
-    return queries, keys
+        allowed = allowed.flatten(1, -3)
+        allowed = allowed[:, 0] if allowed.shape[1] == 1 else allowed.any(1)
+    known = can_be_read(allowed)
+    if known and allowed.stride(-2) == 0:  # a mask of the keys that was expanded
+        allowed = allowed[:, :1]
+    rows, columns = allowed.any(-1), allowed.any(-2)
+    if known and bool(rows.all()) and bool(columns.all()):
+        return ()
+    n, m = allowed.shape[-2:]
+    if 1 in (n, m):  # a mask of the keys alone, or of the queries alone
+        anything = allowed.any()
+        diagonal = columns if n == 1 else rows
+        return (Shown(rows, columns, diagonal, anything, anything),)
+    square = allowed.diagonal(dim1=-2, dim2=-1) if n == m else None
+    if known and (square is None or bool(square[:, 1:].any())):
+        above = below = torch.ones((), dtype=torch.bool)  # it is not strictly causal
+    else:
+        above, below = allowed.triu(1).any(), allowed.tril(-1).any()
+    return (Shown(rows, columns, square, above, below),)
 
 
-def both(a: Read, b: Read) -> Read:
-    """Return the tokens that are real by both of two masks.
+class _Last(threading.local):
+    """The mask that was read last in this thread: all layers of a model often share one."""
 
-    Example:
-        >>> both(None, None) is None
-        True
-    """
-    if a is None or b is None:
-        return b if a is None else a
-    return _both(a[0], b[0]), _both(a[1], b[1])
+    def __init__(self) -> None:
+        self.mask: Callable[[], Tensor | None] = lambda: None
+        self.key: tuple[int, int] | None = None
+        self.read: Read = ()
 
 
-def _both(a: Tensor, b: Tensor) -> Tensor:
-    if 1 < len(a) < len(b):  # read after heads were merged into the batch
-        a = a.repeat_interleave(len(b) // len(a), dim=0)
-    elif 1 < len(b) < len(a):
-        b = b.repeat_interleave(len(a) // len(b), dim=0)
-    return a & b
+_last = _Last()
 
 
-class Tokens(NamedTuple):
-    """The real tokens of Q or K.
-
-    Attributes:
-        mask: Boolean, true at real tokens: shape ``(B, L)``, or what a node takes.
-        documents: Their positions by document, see
-            :func:`~spanopt.projection.rescale_by_document`.
-    """
-
-    mask: Tensor | None = None
-    documents: Tensor | None = None
-
-
-def real_tokens(
-    query: Tensor,
-    key: Tensor,
-    read: Read,
-    *,
-    self_attention: bool,
-    given: tuple[Tokens | None, Tokens | None] | None = None,
-    layer: str = "",
-) -> tuple[Tokens, Tokens]:
-    """Return the real tokens of Q and K, as their nodes take them.
-
-    In self-attention a query is padding also when it is padding as a key.
+def read_mask(mask: Tensor, ndim: int) -> Read:
+    """Return what a mask shows; at once where the layer before was given the same mask.
 
     Args:
-        query: Shape ``(B, ..., N, d)`` or ``(N, d)``.
-        key: Shape ``(B, ..., M, d)`` or ``(M, d)``.
-        read: As the attention mask tells, see :func:`read`.
-        self_attention: Whether queries and keys are the same tokens.
-        given: What is known of queries and keys otherwise, which goes before the mask.
-        layer: Name of the layer, for the error.
-
-    Returns:
-        For the node of Q and that of K.
-
-    Raises:
-        ValueError: What is given is of another shape than Q or K.
+        mask: As for :func:`allowed`.
+        ndim: Number of dimensions of the scores.
 
     Example:
-        >>> import torch
-        >>> q = torch.ones(1, 2, 3, 4)
-        >>> padding = torch.tensor([[True, True, False]])
-        >>> real_tokens(q, q, (torch.tensor([[True]]), padding), self_attention=True)[0].mask
-        tensor([[[ True,  True, False]]])
+        >>> mask = torch.tensor([[[[True, False]]]])
+        >>> read_mask(mask, 4) is read_mask(mask, 4)
+        True
     """
-    queries, keys = read or (None, None)
-    if queries is not None and keys is not None and self_attention:
-        queries = queries & keys[:, : query.shape[-2]]  # without keys that were appended
-    of_query, of_key = given or (None, None)
-    return (
-        given_tokens(of_query, query.shape, "query", layer) or Tokens(_fit(queries, query.shape)),
-        given_tokens(of_key, key.shape, "key", layer) or Tokens(_fit(keys, key.shape)),
+    if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_inference():
+        return read(allowed(mask), ndim)
+    key = mask._version, ndim
+    if _last.mask() is not mask or _last.key != key:
+        _last.read = read(allowed(mask), ndim)
+        _last.mask, _last.key = weakref.ref(mask), key
+    return _last.read
+
+
+def can_be_read(x: Tensor) -> bool:
+    """Return whether the values of a tensor can be read now without waiting for a device."""
+    eager = not torch.compiler.is_compiling() and type(x) is Tensor
+    return eager and x.device.type == "cpu"
+
+
+def transposed(read: Read) -> Read:
+    """Return what the same masks show when queries and keys change places."""
+    return tuple(
+        Shown(shown.columns, shown.rows, shown.diagonal, shown.below, shown.above) for shown in read
     )
 
 
-def appended(tokens: Tokens, count: int) -> Tokens:
-    """Return tokens followed by others that are real, and of no document.
+def both(a: Read, b: Read) -> Read:
+    """Return what two sets of masks show that hold for the same scores.
+
+    Example:
+        >>> both((), ())
+        ()
+    """
+    return a + tuple(shown for shown in b if not any(shown is other for other in a))
+
+
+class Verdict(NamedTuple):
+    """Which tokens are real, as the masks tell.
+
+    Attributes:
+        queries: Boolean, true at real queries: shape ``(B, N)``.
+        keys: Boolean, true at real keys: shape ``(B, M)``.
+        refused: Whether nothing tells if closed tokens are padding: boolean, no dimension.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    refused: Tensor
+
+
+def judge(
+    read: Read, n: int, m: int, *, self_attention: bool, padding: Iterable[Tensor] = ()
+) -> Verdict | None:
+    """Tell padding from real tokens that a pattern of attention closes.
+
+    Each mask is judged by itself; a token is padding where one of them says so. In self-attention
+    padding is, in this order,
+
+    1. what a padding mask that the model was given says, if it closes the same keys;
+    2. nothing, if the mask is strictly causal: only the last key and the first query are closed;
+    3. the closed keys, if every other token sees itself and is seen, and either the queries of
+       the closed keys are closed too, or the open keys are one run of tokens which differs between
+       the sequences of the batch.
+
+    In cross-attention keys and queries are judged apart, by 1 and by the runs of 3.
 
     Args:
-        tokens: What is given.
-        count: How many the layer appends.
+        read: What the masks show.
+        n: Number of queries.
+        m: Number of keys.
+        self_attention: Whether queries and keys are the same tokens.
+        padding: Masks from :func:`padding_masks`.
 
     Returns:
-        The longer tokens.
+        The verdict; ``None`` where no mask closes anything.
 
     Example:
         >>> import torch
-        >>> appended(Tokens(torch.tensor([[True, False]]), torch.tensor([[0, 2]])), 1)
-        Tokens(mask=tensor([[ True, False,  True]]), documents=tensor([[0, 3]]))
+        >>> open_keys = torch.tensor([[[[True, True, True]]], [[[True, True, False]]]])
+        >>> judge(read(open_keys, 4), 3, 3, self_attention=True).keys.tolist()
+        [[True, True, True], [True, True, False]]
+        >>> bool(judge(read(open_keys[1:], 4), 3, 3, self_attention=True).refused)
+        True
     """
-    mask, documents = tokens
-    if mask is None or not count:
-        return tokens
-    length = mask.shape[1]
-    if documents is not None:
-        documents = documents + documents // length * count
-    return Tokens(torch.nn.functional.pad(mask, (0, count), value=True), documents)
+    padding = list(padding)
+    result: Verdict | None = None
+    for shown in read:
+        if self_attention and shown.diagonal is not None and n == m:
+            verdict = _of_one_sequence(shown, n, padding)
+        else:
+            verdict = _of_two_sequences(shown, n, m, padding)
+        if result is None:
+            result = verdict
+            continue
+        queries, keys = _and(result.queries, verdict.queries), _and(result.keys, verdict.keys)
+        result = Verdict(queries, keys, result.refused | verdict.refused)
+    return result
 
 
-def by_document(tokens: Tokens, shape: torch.Size) -> Tensor | None:
-    """Return the documents given for (B, L) tokens, for a Q or K of this shape.
+def _of_one_sequence(shown: Shown, n: int, padding: Sequence[Tensor]) -> Verdict:
+    """Judge a mask of self-attention."""
+    assert shown.diagonal is not None
+    queries, keys, own = (x.expand(len(x), n) for x in (shown.rows, shown.columns, shown.diagonal))
+    position = torch.arange(n, device=keys.device)
+    strict = ~shown.above & ~(own & (position > 0)).any()
+    # The last key has no later query, and the first query no earlier key.
+    excused = strict & (position == n - 1)
+    unexplained = (~keys & ~excused).any() | (~queries & ~(strict & (position == 0))).any()
+    regular = ~(queries & keys & ~own).any() & ~(keys & ~queries).any()
+    told = ~(~keys & queries).any() | (_are_runs(keys) & _differ(keys))
+    by_value = keys | ~unexplained
+    real, agreed = _agreeing(keys, excused, padding)
+    real = torch.where(agreed, real, by_value)
+    return Verdict(real, real, unexplained & ~(regular & told) & ~agreed)
+
+
+def _of_two_sequences(shown: Shown, n: int, m: int, padding: Sequence[Tensor]) -> Verdict:
+    """Judge a mask of cross-attention, or of other keys than those of the queries."""
+    queries = shown.rows.expand(len(shown.rows), n)
+    keys = shown.columns.expand(len(shown.columns), m)
+    # Queries of a sequence without any key say nothing of themselves.
+    seeing = queries | ~keys.any(-1, keepdim=True)
+    sides = []
+    for real in (seeing, keys):
+        given, agreed = _agreeing(real, torch.zeros_like(real[:1]), padding)
+        refused = ~real.all() & ~(_are_runs(real) & _differ(real)) & ~agreed
+        sides.append((torch.where(agreed, given, real), refused))
+    return Verdict(sides[0][0], sides[1][0], sides[0][1] | sides[1][1])
+
+
+def _agreeing(real: Tensor, excused: Tensor, padding: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what padding masks say that agree with what a mask leaves open, and if there are any.
+
+    A mask agrees if it closes the same tokens, or fewer of those that are excused.
+    """
+    result, found = torch.ones_like(real), torch.zeros_like(real[0, 0])
+    for given in padding:
+        same = given.shape[1] == real.shape[1] and given.device == real.device
+        if not same or not _fits(len(given), len(real)):
+            continue
+        for one in _open(given):
+            one = _repeated(one, len(real))
+            different = ((one != real) & ~excused).any() | (~one & real).any()
+            result = _and(result, one | different)
+            found = found | ~different
+    return result, found
+
+
+def _open(mask: Tensor) -> list[Tensor]:
+    """Return the readings of a padding mask: booleans that are true at real tokens.
+
+    Of a boolean mask either value may be the one for padding. A number that is not an integer may
+    be 1 at real tokens, or be added to scores.
+    """
+    if mask.dtype == torch.bool:
+        return [mask, ~mask]
+    return [mask > 0, allowed(mask)] if mask.is_floating_point() else [mask > 0]
+
+
+def _are_runs(real: Tensor) -> Tensor:
+    """Return whether in every sequence the real tokens are one run."""
+    starts = (real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0]
+    return (starts < 2).all()
+
+
+def _differ(real: Tensor) -> Tensor:
+    """Return whether the sequences of the batch differ."""
+    return (real != real[:1]).any()
+
+
+def _fits(a: int, b: int) -> bool:
+    """Return whether one number of rows can stand for another, heads in the batch included."""
+    return a == 1 or b == 1 or a % b == 0 or b % a == 0
+
+
+def _repeated(x: Tensor, rows: int) -> Tensor:
+    """Repeat each row, so that heads which were merged into the batch have one each."""
+    return x.repeat_interleave(rows // len(x), dim=0) if 1 < len(x) < rows else x
+
+
+def _and(a: Tensor, b: Tensor) -> Tensor:
+    rows = max(len(a), len(b))
+    return _repeated(a, rows) & _repeated(b, rows)
+
+
+# Parts of names that arguments have which are padding masks by the custom of the field.
+_PADDING = ("pad", "attention_mask", "attn_mask")
+_MASKS = frozenset(
+    f"{of}mask"
+    for of in ("", "input_", "src_", "source_", "tgt_", "target_", "encoder_", "decoder_", "pixel_")
+) | frozenset(f"{of}mask" for of in ("text_", "token_", "sequence_", "seq_", "valid_", "key_"))
+
+
+def is_padding_name(name: str) -> bool:
+    """Return whether an argument of this name is a padding mask if its shape is (batch, length).
+
+    Example:
+        >>> is_padding_name("src_key_padding_mask"), is_padding_name("loss_mask")
+        (True, False)
+    """
+    return any(part in name for part in _PADDING) or name in _MASKS
+
+
+class NotedMasks:
+    """The padding masks in the last call of a module.
+
+    Attributes:
+        masks: From :func:`padding_masks`.
+    """
+
+    def __init__(self) -> None:
+        self.masks: list[Tensor] = []
+
+
+def padding_masks(arguments: Iterable[tuple[str, object]]) -> list[Tensor]:
+    """Return the padding masks among the arguments of a module.
 
     Args:
-        tokens: What is given.
-        shape: ``(B, ..., L, d)``, ``(B * H, L, d)`` or ``(L, d)``.
+        arguments: Their names and values.
 
     Returns:
-        For the node; ``None`` where there are none or the shape is another.
+        Those of the shape ``(batch, length)`` whose name is usual for a padding mask.
 
     Example:
         >>> import torch
-        >>> tokens = Tokens(torch.ones(1, 3, dtype=torch.bool), torch.tensor([[0, 1], [2, 3]]))
-        >>> by_document(tokens, torch.Size([2, 3, 8])).tolist()  # 2 heads, merged into the batch
-        [[0, 1], [2, 6], [3, 4], [5, 6]]
+        >>> mask = torch.ones(2, 5)
+        >>> len(padding_masks([("attention_mask", mask), ("x", mask)]))
+        1
     """
-    heads = _heads(tokens, shape)
-    if tokens.documents is None or not heads:
-        return None
-    assert tokens.mask is not None
-    rows, length = tokens.mask.shape
-    row, position = tokens.documents // length, tokens.documents % length
-    of_head = row * heads + torch.arange(heads, device=row.device)[:, None, None]
-    return (of_head * length + position).clamp(max=rows * heads * length).flatten(0, 1)
-
-
-def _heads(tokens: Tokens, shape: torch.Size) -> int:
-    """Return the number of heads merged into the batch, 0 if the tokens are not of this shape."""
-    assert tokens.mask is not None
-    rows, length = tokens.mask.shape
-    batch = shape[0] if len(shape) > 2 else 1
-    if length != shape[-2] or batch % rows:
-        return 0
-    heads = batch // rows
-    return heads if heads == 1 or len(shape) == 3 else 0
-
-
-def given_tokens(tokens: Tokens | None, shape: torch.Size, side: str, layer: str) -> Tokens | None:
-    """Return what is given for (B, L) tokens, as a node on a Q or K of this shape takes it.
-
-    Args:
-        tokens: What is given.
-        shape: ``(B, ..., L, d)``, ``(B * H, L, d)`` or ``(L, d)``.
-        side: ``"query"`` or ``"key"``, for the error.
-        layer: Name of the layer, likewise.
-
-    Returns:
-        For the node; ``None`` where nothing is given.
-
-    Raises:
-        ValueError: The shape is another.
-
-    Example:
-        >>> import torch
-        >>> tokens = Tokens(torch.ones(1, 3, dtype=torch.bool))
-        >>> given_tokens(tokens, torch.Size([1, 2, 3, 8]), "query", "attn").mask.shape
-        torch.Size([1, 1, 3])
-    """
-    if tokens is None or tokens.mask is None:
-        return None
-    if not _heads(tokens, shape):
-        rows, length = tokens.mask.shape
-        raise ValueError(
-            f"layer {layer!r}: token_mask was given {rows} x {length} tokens, and the layer's "
-            f"{side} has {shape[0] if len(shape) > 2 else 1} x {shape[-2]}; give each layer its "
-            f"own, such as token_mask({{{layer!r}: (queries, keys)}})"
-        )
-    if tokens.documents is None:
-        return Tokens(_fit(tokens.mask, shape))
-    return Tokens(None, by_document(tokens, shape))
-
-
-def _fit(real: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """Bring (B, L), (B, 1) or (1, L) into the batch dimension that Q or K of this shape has."""
-    if real is None:
-        return None
-    if len(shape) == 2:
-        return real.any(0)
-    rows, batch = len(real), shape[0]
-    if rows > batch:  # heads or sequences share this Q or K
-        real = real.unflatten(0, (batch, rows // batch)).any(1)
-    elif 1 < rows < batch:  # heads are merged into the batch
-        real = real.repeat_interleave(batch // rows, dim=0)
-    return real[(slice(None), *(None,) * (len(shape) - 3))]
+    return [
+        x.detach()
+        for name, x in arguments
+        if isinstance(x, Tensor) and x.ndim == 2 and is_padding_name(name)
+    ]

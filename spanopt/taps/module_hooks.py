@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from spanopt.taps.masks import NotedMasks, is_padding_name, padding_masks
 from spanopt.taps.projection import Projection, ProjectionTap
 from spanopt.taps.tap import Tap, thread
 
-__all__ = ["Enter", "Hook", "Leave", "Output", "drop_inert", "no_hook"]
+__all__ = ["Enter", "Hook", "Leave", "NoteMasks", "Output", "drop_inert", "no_hook"]
 
 
 class Hook:
@@ -68,6 +70,35 @@ class Output(Hook):
         """Return the output with nodes on Q and K."""
         assert isinstance(self.tap, ProjectionTap)
         return self.tap.on_output(self.projection, result)
+
+
+class NoteMasks(NotedMasks):
+    """A forward pre-hook on a layer and each module around it: notes their padding masks.
+
+    Attributes:
+        masks: Those of the last call with gradients.
+        is_needed: Whether the module takes arguments that may be padding masks.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        try:
+            parameters = dict(inspect.signature(module.forward).parameters)
+        except (TypeError, ValueError):  # a forward that is not written in Python
+            parameters = {}
+        self._names = tuple(parameters)
+        self.is_needed = any(
+            is_padding_name(name) or parameter.kind is parameter.VAR_KEYWORD
+            for name, parameter in parameters.items()
+        )
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note the masks."""
+        if torch.is_grad_enabled() or thread.probing:
+            self.masks = padding_masks([*zip(self._names, args), *kwargs.items()])  # noqa: B905
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return no_hook, ()
 
 
 def drop_inert(module: nn.Module) -> None:

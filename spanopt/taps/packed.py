@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from spanopt.taps.masks import Tokens, allowed, appended, read, real_tokens
+from spanopt.taps.masks import Read, allowed, read
+from spanopt.taps.real import Tokens, appended, real_tokens
 from spanopt.taps.tap import SideScale, Tap, other_sides
 from spanopt.taps.watcher import Watcher
 
@@ -50,20 +51,59 @@ def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any
         return func(*args, **kwargs)
     bound = _SIGNATURE.bind(*args, **kwargs).arguments
     query, key, heads = bound["query"], bound["key"], bound["num_heads"]
-    sources = [bound[name] for name in _SOURCES if bound.get(name) is not None]
+    sources = _sources(bound)
     tap.refuse(query=query, key=key)
     tap.refuse_vmap(*sources)
     lengths = tuple(x.shape[0] for x in (query, key))
     tap.mark("packed", heads, heads, bound["embed_dim_to_check"] // heads, lengths)
     if tap.is_idle():
         return func(*args, **kwargs)
-    queries, keys = (tokens or Tokens() for tokens in tap.given() or (None, None))
-    keys = appended(keys, (bound["bias_k"] is not None) + bool(bound["add_zero_attn"]))
     same = query is key or (query.shape == key.shape and tap.is_self_attention(query, key))
-    values = (*tap.query, *tap.key, *queries, *keys, same, tap.site.name, heads, tap.watching())
+    queries, keys = _real_tokens(tap, bound, same)
+    keys = appended(keys, (bound["bias_k"] is not None) + bool(bound["add_zero_attn"]))
+    values = (*tap.query, *tap.key, *queries, *keys, tap.site.name, heads, tap.watching())
     if tap.checkpoints:
         return _forward_keeping(tap.keeping, *values, *args, **kwargs)
     return _forward(*values, *args, **kwargs)
+
+
+def _sources(bound: dict[str, Any]) -> list[Tensor]:
+    """Return what Q and K are computed from."""
+    return [bound[name] for name in _SOURCES if bound.get(name) is not None]
+
+
+def _real_tokens(tap: Tap, bound: dict[str, Any], same: bool) -> tuple[Tokens, Tokens]:
+    """Return the real tokens of both sides, shape (B, N) and (B, M), without appended keys."""
+    queries, keys = tap.given() or (None, None)
+    query, key, padding = bound["query"], bound["key"], bound.get("key_padding_mask")
+    batch = query.shape[1] if query.ndim == 3 else 1
+    told: tuple[Tensor, ...] | None = None
+    if (queries is None or keys is None) and tap.projects(*_sources(bound)):
+        if padding is not None:
+            # What the layer is told to be padding is; the rest is a pattern of attention.
+            real = _open(padding)[(None,) * (2 - padding.ndim)]
+            every = real.new_ones(batch, query.shape[0])
+            told = real if same else every, real
+        else:
+            shown = _shown(bound.get("attn_mask"), batch, bound["num_heads"])
+            told = tap.judged(shown, query.shape[0], key.shape[0], same)
+    if told is not None:
+        of_query, of_key = (real.expand(batch, -1) for real in told[:2])
+        queries, keys = queries or Tokens(of_query), keys or Tokens(of_key)
+    return queries or Tokens(), keys or Tokens()
+
+
+def _open(mask: Tensor) -> Tensor:
+    """Return where a mask of ``nn.MultiheadAttention`` is open; boolean ones are true elsewhere."""
+    return ~mask if mask.dtype == torch.bool else allowed(mask)
+
+
+def _shown(mask: Tensor | None, batch: int, heads: int) -> Read:
+    """Return what ``attn_mask`` shows, shape (N, M) or (B * H, N, M)."""
+    if mask is None:
+        return ()
+    mask = _open(mask)
+    return read(mask.unflatten(0, (batch, heads)) if mask.ndim == 3 else mask, 4)
 
 
 @torch.compiler.allow_in_graph
@@ -75,8 +115,8 @@ def _forward_keeping(keeping: Any, *args: Any, **kwargs: Any) -> Any:
     # torch.compile takes tensors and numbers across this border, so all comes unpacked.
     scales = SideScale(*args[:5]), SideScale(*args[5:10])
     given = Tokens(*args[10:12]), Tokens(*args[12:14])
-    self_attention, layer, heads, watcher, *rest = args[14:]
-    with _ScoreProduct(scales, given, self_attention, layer, heads, watcher, keeping):
+    layer, heads, watcher, *rest = args[14:]
+    with _ScoreProduct(scales, given, layer, heads, watcher, keeping):
         return _transparent(*rest, **kwargs)
 
 
@@ -87,7 +127,6 @@ class _ScoreProduct(TorchFunctionMode):
         self,
         scales: tuple[SideScale, SideScale],
         given: tuple[Tokens, Tokens],
-        self_attention: bool,
         layer: str,
         heads: int,
         watcher: Watcher | None,
@@ -96,7 +135,6 @@ class _ScoreProduct(TorchFunctionMode):
         super().__init__()
         self.query, self.key = scales
         self.given = given
-        self.self_attention = self_attention
         self.layer = layer
         self.heads = heads
         self.watcher = watcher
@@ -110,7 +148,7 @@ class _ScoreProduct(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.done = True
             query, key, value, mask, *rest = args
-            query, key, real = self._on(query, key, mask)
+            query, key, real = self._on(query, key)
             if self.watcher is not None:
                 self.watcher.scores(self.layer, query, key, real, mask, *rest, **kwargs)
             return func(query, key, value, mask, *rest, **kwargs)
@@ -118,7 +156,7 @@ class _ScoreProduct(TorchFunctionMode):
             self.done = True
             *bias, query, key = args
             by_head = (self._split(query), self._split(key.mT))
-            query, key, real = self._on(*by_head, bias[0] if bias else None)
+            query, key, real = self._on(*by_head)
             scores = func(*bias, query.flatten(0, 1), key.flatten(0, 1).mT)  # type: ignore[call-overload]
             if self.watcher is not None:
                 weights = self._split(scores.detach()).softmax(-1)
@@ -130,18 +168,9 @@ class _ScoreProduct(TorchFunctionMode):
         """Return (batch, heads, N, d) for (batch * heads, N, d)."""
         return x.unflatten(0, (x.shape[0] // self.heads, self.heads))
 
-    def _on(
-        self, query: Tensor, key: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _on(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Put the nodes on (batch, heads, N, d), and tell the real queries."""
-        queries, keys = real_tokens(
-            query,
-            key,
-            None if mask is None else read(allowed(mask), mask.ndim),
-            self_attention=self.self_attention,
-            given=self.given,
-            layer=self.layer,
-        )
+        queries, keys = real_tokens(query, key, None, self.given, self.layer)
         with self.keeping():
             of_query, of_key = other_sides(self.query.setup, self.layer, query, key)
             watch = self.watcher, self.layer

@@ -17,7 +17,7 @@ from spanopt.node import Method, multiplied, rescale_tokens
 from spanopt.scale import SpanScale
 from spanopt.setups import NEED_OTHER
 from spanopt.sites import AttentionSite
-from spanopt.taps.masks import Tokens, given_tokens
+from spanopt.taps.real import Tokens, given_tokens
 from spanopt.taps.tap import Tap, thread
 from spanopt.taps.watcher import Watched, Watcher
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from spanopt.node import switch_on, switched_node
 from spanopt.taps.axes import PLAIN, Axes, in_order, permuted, reshaped, tail, turned
-from spanopt.taps.masks import Read, Tokens, allowed, allowed_by_fill, both, by_document, read
+from spanopt.taps.masks import Read, allowed, allowed_by_fill, both, read, transposed
+from spanopt.taps.real import Tokens, by_document
 from spanopt.taps.tap import Handler, Tap, other_sides
 from spanopt.taps.watcher import Watched, watch_node
 
@@ -62,7 +63,7 @@ class _Scores:
     Attributes:
         products: The products that add up to the scores; empty after the softmax.
         axes: The dimensions of the tokens of the left and of the right operand.
-        read: The real tokens, left and right, as the masks met so far tell.
+        read: What the masks met so far show, of the left operand's tokens by the right one's.
         widened: Further keys were put before the others: masks from here on do not fit.
         signs: They are the signs of scores, which no gradient goes through.
     """
@@ -71,7 +72,7 @@ class _Scores:
         self,
         products: tuple[_Product, ...] = (),
         axes: Axes = PLAIN,
-        read: Read = None,
+        read: Read = (),
         widened: bool = False,
         signs: bool = False,
     ) -> None:
@@ -400,7 +401,7 @@ def _together(a: _Scores, b: _Scores) -> _Scores:
             _Product(product.right, product.left, product.self_attention, [], product.of_inputs)
             for product in b.products
         )
-        b = _Scores(swapped, a.axes, b.read and b.read[::-1], b.widened)
+        b = _Scores(swapped, a.axes, transposed(b.read), b.widened)
     if a.axes != b.axes:
         return a
     new = [one for one in b.products if not any(one is product for product in a.products)]
@@ -600,7 +601,7 @@ def _switch_on(tap: Tap, x: Tensor, product: _Product, read: Read) -> tuple[Tens
     (swapped,) = product.swapped
     if swapped:
         query, key = key, query
-        read = read and read[::-1]
+        read = transposed(read)
     tap.observe(query.x, key.x, "softmax")
     tokens = tap.tokens(query.x, key.x, read, product.self_attention)
     of_query, of_key = tap.given() or (None, None)

@@ -21,14 +21,16 @@ from torch.overrides import (
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.checkpoint import __file__ as _CHECKPOINT_FILE
 
+from spanopt.errors import unclear_mask
 from spanopt.node import Method, span_node, uniform_node
 from spanopt.scale import Factor, SpanScale
 from spanopt.setups import NEED_OTHER, SETUPS
 from spanopt.shards import is_context_parallel, is_spread
 from spanopt.sites import AttentionSite
 from spanopt.taps.graph import Trail
-from spanopt.taps.masks import Read, Tokens, real_tokens
+from spanopt.taps.masks import NotedMasks, Read, Verdict, can_be_read, judge
 from spanopt.taps.notes import Notes
+from spanopt.taps.real import Tokens, real_tokens
 from spanopt.taps.streams import Streams
 from spanopt.taps.watcher import Watched, Watcher, watch_node
 
@@ -259,6 +261,10 @@ class Tap(TorchFunctionMode):
         held: Set when the scales are moved by a schedule: see :meth:`spanopt.SpanHooks.hold`.
         checkpoints: Set while the layer runs a part of itself under activation checkpointing.
         removed: Set when the tap was taken off its layer: it then does nothing.
+        noted: The padding masks that the layer and the modules around it were last called with.
+        deferred: Set when a mask was judged where its values could not be read at once.
+        unclear: Above 0 if such a mask has to be refused: an integer, shape ``(1,)``, changed in
+            place. A tensor, as only the device knows.
     """
 
     def __init__(
@@ -281,6 +287,9 @@ class Tap(TorchFunctionMode):
         self.watcher: Watcher | None = None
         self.held = False
         self.removed = False
+        self.noted: tuple[NotedMasks, ...] = ()
+        self.deferred = False
+        self.unclear = _counter(torch.device("cpu"))
         self._handlers = handlers
         self._given: list[GivenTokens] = []
         self._ran_again = False
@@ -300,6 +309,8 @@ class Tap(TorchFunctionMode):
         """
         first = next(self.site.module.parameters(), None)
         device = torch.device("cpu") if first is None or first.is_meta else first.device
+        if self.unclear.device != device:
+            self.unclear = _counter(device)
         query, key = (
             SideScale.of(scale.side(side), self.method, device, general=self.held)
             for side in ("query", "key")
@@ -365,6 +376,11 @@ class Tap(TorchFunctionMode):
     def forget_tokens(self) -> None:
         """Forget the tokens of past forward passes, as after an optimizer step."""
         self._given = []
+        for noted in self.noted:
+            noted.masks = []
+        if self.deferred:
+            self.deferred = False
+            self.unclear.zero_()
 
     def leave(self) -> None:
         """Stop watching, wherever on the stack of function modes the tap is by now."""
@@ -523,24 +539,59 @@ class Tap(TorchFunctionMode):
         Args:
             query: Shape ``(..., N, d)``.
             key: Shape ``(..., M, d)``.
-            read: As the attention mask tells.
+            read: What the attention masks show.
             self_attention: Whether queries and keys are the same tokens.
 
         Returns:
             For the query and the key node. What :func:`spanopt.token_mask` says goes before what
-            the attention mask tells.
+            the attention masks tell.
 
         Raises:
-            ValueError: ``token_mask`` was given a mask of another shape.
+            ValueError: ``token_mask`` was given a mask of another shape, or the attention mask
+                does not tell which tokens are real.
         """
-        return real_tokens(
-            query,
-            key,
-            read,
-            self_attention=self_attention,
-            given=self.given(),
-            layer=self.site.name,
-        )
+        given = self.given()
+        verdict = None
+        if given is None or None in given:
+            sizes = query.shape[-2], key.shape[-2]
+            verdict = self.judged(read, *sizes, self_attention)
+        return real_tokens(query, key, verdict, given, self.site.name)
+
+    def judged(self, read: Read, n: int, m: int, self_attention: bool) -> Verdict | None:
+        """Tell real tokens by the attention masks, see :func:`~spanopt.taps.masks.judge`.
+
+        Args:
+            read: What the masks show.
+            n: Number of queries.
+            m: Number of keys.
+            self_attention: Whether queries and keys are the same tokens.
+
+        Raises:
+            ValueError: The masks do not tell. Where their values can't be read without waiting
+                for a device, ``unclear`` is raised instead.
+        """
+        if not read:
+            return None
+        masks = [mask for noted in self.noted for mask in noted.masks]
+        verdict = judge(read, n, m, self_attention=self_attention, padding=masks)
+        if verdict is None:
+            return None
+        if not self.query.projects() and not self.key.projects():
+            return verdict  # it is only measured
+        if can_be_read(verdict.refused):
+            if bool(verdict.refused):
+                raise unclear_mask([self.site.name], verdict.keys, verdict.queries)
+            return verdict
+        refused: Any = verdict.refused
+        if is_spread(refused):
+            refused = refused.full_tensor()
+        if not torch.compiler.is_compiling() and (type(refused) is not Tensor or refused.is_meta):
+            return verdict  # it has no values
+        if self.unclear.device != refused.device:  # the layer was moved after it was hooked
+            self.unclear = _counter(refused.device)
+        self.unclear.add_(refused)
+        self.deferred = True
+        return verdict
 
     def given(self) -> GivenTokens:
         """Return the tokens of queries and keys that :func:`spanopt.token_mask` gives.
@@ -655,6 +706,11 @@ class Tap(TorchFunctionMode):
                 f"side, which has {heads or 'no dimension for its'} heads; "
                 f"give one number{f', or {heads} values' if heads else ''}"
             )
+
+
+def _counter(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives such a block
+        return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def _unflatten(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
