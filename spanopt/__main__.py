@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -26,17 +28,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; by default those of the process.
 
     Returns:
-        The exit status: 0 if every attention layer can be scaled, 1 if not.
+        The exit status: 0 if a forward pass has shown that every attention layer can be scaled, 1
+        if it has shown that one can't or there is none, 3 if no forward pass could be made. Bad
+        arguments end the process with 2.
     """
     parser = argparse.ArgumentParser(prog="python -m spanopt")
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser(
+    command = commands.add_parser(
         "inspect",
         help="list the attention layers of a model and whether they can be scaled",
-        description="List the attention layers of a model and whether they can be scaled. The "
-        "exit status is 0 only if all can.",
+        description="List the attention layers of a model and whether they can be scaled. Exit "
+        "status: 0 if a forward pass has shown that all can; 1 if one can't, or there is none; 2 "
+        "for a mistake in the arguments; 3 if no forward pass could be made, so that what is "
+        "listed is unverified.",
     )
-    model = inspect.add_mutually_exclusive_group(required=True)
+    model = command.add_mutually_exclusive_group(required=True)
     model.add_argument(
         "factory",
         nargs="?",
@@ -50,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="build a transformers model, untrained: a model type such as llama, a config in "
         "JSON, or the path or name of one",
     )
-    inspect.add_argument(
+    command.add_argument(
         "--attn", metavar="NAME", help="attn_implementation for --hf, such as eager"
     )
-    inspect.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     try:
         if options.hf is not None:
@@ -61,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             subject, inputs = _from_factory(options.factory)
     except _Refused as error:
-        inspect.error(str(error))
+        command.exit(2, f"{command.prog}: error: {error}\n")
     inspection = inspect_model(subject, inputs)
     print(json.dumps(inspection.as_dict(), indent=2) if options.json else inspection)
-    return 0 if inspection.ok else 1
+    return 3 if not inspection.verified else 0 if inspection.ok else 1
 
 
 _LARGE = 100_000_000  # parameters of a model that is not built for real
@@ -75,45 +81,111 @@ class _Refused(Exception):
 
 
 def _from_factory(path: str) -> tuple[nn.Module, Any]:
-    module_name, colon, attribute = path.partition(":")
-    if not colon or not module_name or not attribute:
-        raise _Refused(f"{path!r} is not of the form package.module:factory")
-    sys.path.insert(0, os.getcwd())
-    try:
-        factory: Any = importlib.import_module(module_name)
-        for name in attribute.split("."):
-            factory = getattr(factory, name)
-    except (ImportError, AttributeError) as error:
-        raise _Refused(f"cannot import {path!r}: {error}") from error
-    made = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    """Return the model that a factory makes, and its inputs if it gives any."""
+    found = _imported(path)
+    made = found
+    if not isinstance(found, nn.Module):
+        made = _made(path, found)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise _Refused(f"{path!r} gave {type(made).__name__}, neither a model nor (model, inputs)")
     return model, inputs
 
 
+def _imported(path: str) -> Any:
+    """Return what ``package.module:name`` names."""
+    module_name, colon, attribute = path.partition(":")
+    if not colon or not module_name or not attribute:
+        raise _Refused(f"{path!r} is not of the form package.module:factory")
+    if module_name.endswith(".py"):
+        module = Path(module_name).stem
+        raise _Refused(f"{module_name!r} is a file: name the module, as in {module}:{attribute}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        raise _Refused(f"cannot import {module_name!r}: {_one_line(error)}") from error
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            near = difflib.get_close_matches(name, vars(found), n=3)
+            names = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise _Refused(f"cannot import {path!r}: no attribute {name!r}{names}")
+        found = getattr(found, name)
+    return found
+
+
+def _made(path: str, factory: Any) -> Any:
+    """Return what a factory returns."""
+    if inspect.ismodule(factory) or inspect.isbuiltin(factory):
+        kind = "a module" if inspect.ismodule(factory) else "a builtin function"
+        raise _Refused(f"{path!r} is {kind}, neither a model nor a function that returns one")
+    if not callable(factory):
+        return factory
+    try:
+        inspect.signature(factory).bind()
+    except ValueError:
+        pass  # a callable that does not tell its arguments
+    except TypeError as error:
+        arguments = inspect.signature(factory)
+        raise _Refused(
+            f"{path!r} needs arguments, {arguments}: name a function that takes none, such as "
+            f"one that returns {path.rpartition(':')[2]}(...)"
+        ) from error
+    try:
+        return factory()
+    except (Exception, SystemExit) as error:
+        raise _Refused(f"{path!r} raised {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    """Return the kind and the first line of an error."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def _from_config(source: str, attention: str | None) -> nn.Module:
+    """Return an untrained model of the transformers library."""
     try:
         import transformers
     except ImportError as error:
         raise _Refused("--hf needs the transformers library: pip install transformers") from error
     try:
-        if source.lstrip().startswith("{") or source.endswith(".json"):
-            text = source if source.lstrip().startswith("{") else Path(source).read_text()
-            fields = json.loads(text)
-            config = transformers.CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-        elif source in transformers.CONFIG_MAPPING:
-            config = transformers.CONFIG_MAPPING[source]()
-        else:
-            config = transformers.AutoConfig.from_pretrained(source)
+        config = _config(source, transformers)
         options = {"attn_implementation": attention} if attention else {}
         with torch.device("meta"):  # shapes are enough, and take no memory
             model = transformers.AutoModel.from_config(config, **options)
         if sum(parameter.numel() for parameter in model.parameters()) > _LARGE:
             return model
         return transformers.AutoModel.from_config(config, **options)
+    except _Refused:
+        raise
     except Exception as error:  # whatever the library says of a config
-        raise _Refused(f"cannot build a model from {source!r}: {error!r}") from error
+        raise _Refused(f"cannot build a model from {source!r}: {_one_line(error)}") from error
+
+
+def _config(source: str, transformers: Any) -> Any:
+    """Return the config that JSON, a path, a model type or a name on the hub stands for."""
+    if source.lstrip().startswith("{") or source.endswith(".json"):
+        text = source if source.lstrip().startswith("{") else Path(source).read_text()
+        fields = json.loads(text)
+        if "model_type" not in fields:
+            raise _Refused("the config has no model_type")
+        return _config_class(fields["model_type"], transformers).from_dict(fields)
+    if "/" not in source and not Path(source).exists():
+        return _config_class(source, transformers)()
+    return transformers.AutoConfig.from_pretrained(source)
+
+
+def _config_class(model_type: str, transformers: Any) -> Any:
+    """Return the config class of a model type."""
+    known = [*transformers.CONFIG_MAPPING.keys()]
+    if model_type not in known:
+        near = difflib.get_close_matches(str(model_type), known, n=3)
+        names = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise _Refused(
+            f"transformers {transformers.__version__} has no model type {model_type!r}.{names} "
+            "(A name on the hub is of the form owner/name.)"
+        )
+    return transformers.CONFIG_MAPPING[model_type]
 
 
 if __name__ == "__main__":

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spanopt.errors import what_was_seen
+from spanopt.guessing import guess_inputs
 from spanopt.installing import attach
 from spanopt.scale import SpanScale
 from spanopt.sites import AttentionSite, find_attention, unwrap
-from spanopt.table import aligned, described
+from spanopt.table import aligned, collapsed, described
 
-__all__ = ["InspectedLayer", "Inspection", "guess_inputs", "inspect_model"]
+__all__ = ["InspectedLayer", "Inspection", "inspect_model"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class InspectedLayer:
         class_name: Name of its class.
         tap: How Q and K are reached, see :class:`~spanopt.AttentionSite`; ``None`` if not known.
         heads: Number of query heads, ``None`` if not known.
-        kv_heads: Number of key heads, likewise.
-        head_dim: Size of a head, likewise.
+        kv_heads: Number of key heads, ``None`` if not known.
+        head_dim: Size of a head, ``None`` if not known.
         trains: Whether its query and key parameters require gradients: ``"yes"``, ``"no"`` or
             ``"some"``.
         missed: Why it would not be scaled; ``None`` if it would.
@@ -52,6 +51,7 @@ class Inspection:
     Attributes:
         layers: The attention layers.
         note: What keeps the inspection from being complete, ``None`` if nothing does.
+        verified: Whether a forward pass has shown it. Otherwise it is what the code looks like.
 
     Example:
         >>> inspect_model(nn.TransformerEncoderLayer(8, nhead=2)).ok
@@ -60,27 +60,38 @@ class Inspection:
 
     layers: tuple[InspectedLayer, ...]
     note: str | None
+    verified: bool = True
 
     @property
     def ok(self) -> bool:
-        """Whether there is attention, and all of it can be scaled."""
-        return bool(self.layers) and all(layer.missed is None for layer in self.layers)
+        """Whether a forward pass has shown that there is attention, and all of it can be scaled."""
+        return self.verified and bool(self.layers) and not any(x.missed for x in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what a program reads: ``ok``, ``note`` and ``layers``."""
-        return {"ok": self.ok, "note": self.note, "layers": [asdict(x) for x in self.layers]}
+        """Return what a program reads: ``ok``, ``verified``, ``note`` and ``layers``."""
+        return {
+            "ok": self.ok,
+            "verified": self.verified,
+            "note": self.note,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [
-            ("layer", "class", "tap", "heads", "head dim", "Q/K train", "scaled")
-        ]
-        for x in self.layers:
-            scaled = "yes" if x.missed is None else f"no: {x.missed}"
-            rows.append((*described(x), x.trains, scaled))
-        scaled_layers = sum(x.missed is None for x in self.layers)
-        summary = f"{scaled_layers} of {len(self.layers)} attention layers can be scaled"
-        table = f"{aligned(rows)}\n\n" if self.layers else ""
+        rows = [(*described(layer), layer.trains, self._scaled(layer)) for layer in self.layers]
+        head = ("layer", "class", "tap", "heads", "head dim", "Q/K train", "scaled")
+        table = f"{aligned([head, *collapsed(rows)])}\n\n" if rows else ""
+        count = len(self.layers)
+        if self.verified:
+            scaled = sum(layer.missed is None for layer in self.layers)
+            summary = f"{scaled} of {count} attention layers can be scaled"
+        else:
+            summary = f"unverified: {count} attention layers found, none seen in a forward pass"
         return f"{table}{summary}" + (f". {self.note}" if self.note else "")
+
+    def _scaled(self, layer: InspectedLayer) -> str:
+        if not self.verified:
+            return "unverified" if layer.missed is None else f"unverified: {layer.missed}"
+        return "yes" if layer.missed is None else f"no: {layer.missed}"
 
 
 def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
@@ -88,10 +99,12 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
 
     Args:
         model: Any module. It is as before afterwards.
-        example_inputs: As in :func:`spanopt.attach`; by default :func:`guess_inputs` makes some.
+        example_inputs: Inputs for the forward pass: a tuple of positional arguments, a dict of
+            keyword arguments, or one argument. By default some are made up.
 
     Returns:
-        The layers, and why any of them would be missed.
+        The layers, and why any of them would be missed. If no forward pass could be made it is not
+        ``verified``.
 
     Example:
         >>> print(inspect_model(nn.TransformerEncoderLayer(8, nhead=2)))
@@ -107,7 +120,8 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
     attempts = [example_inputs]
     if example_inputs is None:
         try:
-            attempts = list(guess_inputs(unwrap(model)))
+            with torch.random.fork_rng():
+                attempts = list(guess_inputs(unwrap(model)))
         except Exception as caught:
             attempts, error = [], caught
     for inputs in attempts:
@@ -123,93 +137,27 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
                 if hooks.is_attention(site)
             ]
             return Inspection(tuple(seen), None)
-    cause = f"{type(error).__name__}: {error}" if error else "no inputs could be made up for it"
-    note = (
-        "No forward pass could be made, so this is what the code looks like, not what it does "
-        f"({cause}). Give the inputs: have the factory return (model, inputs)"
-    )
     missed = "not known without a forward pass"
-    return Inspection(
-        tuple(
-            _inspected(site, None if site.tap in ("packed", "score") else missed) for site in sites
-        ),
-        note,
+    unseen = tuple(
+        _inspected(site, None if site.tap in ("packed", "score") else missed) for site in sites
     )
+    return Inspection(unseen, _why_unverified(example_inputs, error), verified=False)
 
 
-def guess_inputs(model: nn.Module) -> Iterator[Any]:
-    """Make up inputs that a model may take.
-
-    Args:
-        model: A model.
-
-    Returns:
-        Candidates, best first, as :func:`spanopt.attach` takes them.
-
-    Example:
-        >>> [inputs] = guess_inputs(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4)))
-        >>> inputs[0].dtype, tuple(inputs[0].shape)
-        (torch.int64, (2, 8))
-    """
-    if hasattr(model, "main_input_name") and hasattr(model, "config"):
-        yield _pretrained_inputs(model)
-    required = [
-        parameter
-        for parameter in inspect.signature(model.forward).parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    for x in _guess_tensors(model):
-        yield (x,) * max(1, len(required))
-
-
-def _guess_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield what the first module with parameters takes."""
-    first = next((x for x in model.modules() if any(True for _ in x.parameters(False))), None)
-    device = next((p.device for p in model.parameters()), None)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    if isinstance(first, nn.Embedding):
-        yield torch.zeros(2, 8, dtype=torch.long, device=device)
-    elif isinstance(first, nn.Conv2d):
-        for size in (224, 32, 28):
-            yield torch.zeros(2, first.in_channels, size, size, dtype=dtype, device=device)
-    elif isinstance(first, nn.Conv1d):
-        yield torch.zeros(2, first.in_channels, 64, dtype=dtype, device=device)
-    else:
-        for name in ("in_features", "embed_dim", "normalized_shape"):
-            width = getattr(first, name, None)
-            if width is not None:
-                width = width[-1] if isinstance(width, tuple) else width
-                yield torch.randn(2, 8, width, dtype=dtype, device=device)
-                break
-
-
-def _pretrained_inputs(model: Any) -> dict[str, Tensor]:
-    """Return inputs for a model of the transformers library."""
-    config, device, dtype = model.config, model.device, model.dtype
-    ids = torch.ones(2, 8, dtype=torch.long, device=device)
-    name = model.main_input_name
-    inputs: dict[str, Tensor] = {"input_ids": ids}
-    if name == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
-        channels = getattr(vision, "num_channels", 3)
-        pixels = torch.zeros(2, channels, height, width, dtype=dtype, device=device)
-        inputs = {name: pixels}
-    elif name == "input_features":
-        length = 2 * getattr(config, "max_source_positions", 128)
-        features = torch.zeros(2, config.num_mel_bins, length, dtype=dtype, device=device)
-        inputs = {name: features}
-    elif name == "input_values":
-        inputs = {name: torch.randn(2, 4000, dtype=dtype, device=device)}
-    taken = inspect.signature(model.forward).parameters
-    if "pixel_values" in taken and hasattr(config, "vision_config") and name == "input_ids":
-        size, channels = config.vision_config.image_size, config.vision_config.num_channels
-        inputs["pixel_values"] = torch.zeros(2, channels, size, size, dtype=dtype, device=device)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
-        inputs["decoder_input_ids"] = ids
-    return inputs
+def _why_unverified(example_inputs: Any, error: Exception | None) -> str:
+    """Say why no forward pass could be made, and what to do."""
+    cause = "no guess fits it"
+    if error is not None:
+        cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if example_inputs is not None:
+        return (
+            f"The inputs that were given (those that the factory returned) fail in the model's "
+            f"forward pass: {cause}"
+        )
+    return (
+        f"No forward pass could be made with inputs that were made up ({cause}). Give the inputs: "
+        "have the factory return (model, inputs)"
+    )
 
 
 def _inspected(site: AttentionSite, missed: str | None) -> InspectedLayer:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from spanopt.scale import SpanGroup
 from spanopt.sites import AttentionSite
 
-__all__ = ["aligned", "described", "table"]
+__all__ = ["aligned", "collapsed", "described", "table"]
 
 
 def table(sites: Iterable[AttentionSite], groups: Iterable[SpanGroup]) -> str:
@@ -59,6 +60,54 @@ def described(layer: Any) -> tuple[str, ...]:
         heads += f"/{layer.kv_heads}"
     head_dim = "?" if layer.head_dim is None else str(layer.head_dim)
     return layer.name or '""', layer.class_name, layer.tap or "?", heads, head_dim
+
+
+def collapsed(rows: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Put rows that differ in one number of their name, which goes up by one, into one row.
+
+    Args:
+        rows: Cells, of which the first is the name of a layer.
+
+    Returns:
+        The rows, where three or more that are alike have become one, at the place of the first.
+
+    Example:
+        >>> collapsed([("layers.0", "a"), ("layers.1", "a"), ("layers.2", "a"), ("head", "a")])
+        [('layers.0 to layers.2', 'a'), ('head', 'a')]
+    """
+    runs: list[list[Sequence[str]]] = []
+    for row in rows:
+        run = next((run for run in runs if _continues(run, row)), None)
+        if run is None:
+            runs.append([row])
+        else:
+            run.append(row)
+    collapsed_rows: list[tuple[str, ...]] = []
+    for run in runs:
+        if len(run) < 3:
+            collapsed_rows += map(tuple, run)
+        else:
+            collapsed_rows.append((f"{run[0][0]} to {run[-1][0]}", *run[0][1:]))
+    return collapsed_rows
+
+
+def _continues(run: Sequence[Sequence[str]], row: Sequence[str]) -> bool:
+    """Return whether a row goes on where a run of rows ends."""
+    if run[-1][1:] != row[1:]:
+        return False
+    place = _step(run[-1][0], row[0])
+    return place is not None and (len(run) < 2 or place == _step(run[-2][0], run[-1][0]))
+
+
+def _step(name: str, following: str) -> int | None:
+    """Return which part of a name is a number that is one more in the following one."""
+    parts, others = (re.split(r"(\d+)", text) for text in (name, following))
+    if len(parts) != len(others):
+        return None
+    places = [i for i, pair in enumerate(zip(parts, others, strict=True)) if pair[0] != pair[1]]
+    if len(places) != 1 or places[0] % 2 == 0:
+        return None
+    return places[0] if int(others[places[0]]) == int(parts[places[0]]) + 1 else None
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from spanopt.__main__ import main
 from spanopt.inspection import inspect_model
+from spanopt.table import collapsed
 
 
 class Sigmoid(ScoreAttention):
@@ -70,6 +71,62 @@ def two_inputs():
     return TwoInputs()
 
 
+def wrong_inputs():
+    return TwoInputs(), (torch.randn(2, 8, 3), {"rows": 0})
+
+
+class Gpt(Decoder):
+    """Its first parameter is not the embedding's, and its forward does not name ids."""
+
+    def __init__(self):
+        super().__init__(layers=1)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x, targets=None):
+        return super().forward(x) * self.scale
+
+
+class ClassToken(nn.Module):
+    """The layers are registered before the embedding that the forward begins with."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = ScoreAttention()
+        self.head = nn.Linear(16, 11)
+        self.embedding = nn.Embedding(11, 16)
+
+    def forward(self, x):
+        return self.head(self.attn(self.embedding(x)))
+
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": ScoreAttention()}) for _ in range(4))
+        self.last = ScoreAttention()
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block["attn"](x)
+        return self.last(x)
+
+
+def deep():
+    return Deep()
+
+
+def raises():
+    raise ValueError("no such width\nand more")
+
+
+def leaves():
+    sys.exit("gone")
+
+
+def needs_arguments(width, depth=2):
+    return nn.Linear(width, depth)
+
+
 def linear():
     return nn.Linear(2, 2)
 
@@ -112,11 +169,58 @@ def test_the_factory_may_give_inputs(capsys):
 
 
 def test_without_a_forward_pass_the_report_says_so(capsys):
-    main(["inspect", "test_inspection:two_inputs"])
-    assert "No forward pass could be made" in capsys.readouterr().out
+    assert main(["inspect", "test_inspection:two_inputs"]) == 3
+    printed = capsys.readouterr().out
+    assert "unverified: 1 attention layers found" in printed
+    assert "No forward pass could be made with inputs that were made up" in printed
+    assert main(["inspect", "--json", "test_inspection:two_inputs"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["verified"] is found["ok"] is False
     inspection = inspect_model(mixed(), (torch.ones(3),))
     assert not inspection.ok
+    assert not inspection.verified
     assert [x.missed for x in inspection.layers][1:] == ["not known without a forward pass"] * 3
+
+
+def test_inputs_of_the_factory_that_fail_are_named_as_such(capsys):
+    assert main(["inspect", "test_inspection:wrong_inputs"]) == 3
+    printed = capsys.readouterr().out
+    assert "those that the factory returned) fail in the model's forward pass: Run" in printed
+    assert "made up" not in printed
+    assert "unverified" in printed
+
+
+def test_ids_are_made_up_for_a_model_that_begins_with_an_embedding():
+    assert inspect_model(Gpt()).ok
+    assert inspect_model(ClassToken()).ok
+
+
+def test_equal_rows_are_collapsed(capsys):
+    assert main(["inspect", "test_inspection:deep"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:-2]] == [
+        "blocks.0.attn to blocks.3.attn",
+        "last",
+    ]
+    assert lines[-1] == "5 of 5 attention layers can be scaled"
+    assert main(["inspect", "--json", "test_inspection:deep"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["layers"]) == 5
+
+
+def test_only_rows_that_are_alike_and_follow_each_other_are_collapsed():
+    names = ["d.0.a.1", "d.0.b.1", "d.1.a.1", "d.1.b.1", "d.2.a.1", "d.2.b.1", "d.4.a.1", "e.3.a.1"]
+    rows = [(name, "x" if "a" in name else "y") for name in names]
+    assert collapsed(rows) == [
+        ("d.0.a.1 to d.2.a.1", "x"),
+        ("d.0.b.1 to d.2.b.1", "y"),
+        ("d.4.a.1", "x"),
+        ("e.3.a.1", "x"),
+    ]
+    assert collapsed([("a.0", "x"), ("a.1", "y"), ("a.2", "x")]) == [
+        ("a.0", "x"),
+        ("a.1", "y"),
+        ("a.2", "x"),
+    ]
 
 
 def test_a_model_without_attention_is_not_ok(capsys):
@@ -131,6 +235,16 @@ def test_a_model_without_attention_is_not_ok(capsys):
         (["no_such_module:x"], "No module named 'no_such_module'"),
         (["test_inspection:absent"], "no attribute 'absent'"),
         (["test_inspection:no_model"], "gave int"),
+        (["test_inspection:deeep"], "no attribute 'deeep'; did you mean deep"),
+        (["test_inspection:raises"], "'test_inspection:raises' raised ValueError: no such width"),
+        (["test_inspection:leaves"], "raised SystemExit: gone"),
+        (["test_inspection:needs_arguments"], "needs arguments, (width, depth=2)"),
+        (["mm.py:GPT"], "'mm.py' is a file: name the module, as in mm:GPT"),
+        (["os:system"], "'os:system' is a builtin function, neither a model nor"),
+        (["os:abort"], "'os:abort' is a builtin function, neither a model nor"),
+        (["os:path"], "'os:path' is a module, neither a model nor"),
+        (["--hf", "lama"], "has no model type 'lama'. Did you mean llama"),
+        (["--hf", '{"hidden_size": 3}'], "no model_type"),
         (["--hf", '{"model_type": "nope"}'], "nope"),
         (["--hf", "absent.json"], "absent.json"),
         ([], "required"),
@@ -140,7 +254,10 @@ def test_a_bad_argument_is_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["inspect", *arguments])
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    if arguments:
+        assert error.count("\n") == 1
 
 
 def test_inspection_leaves_the_model_as_it_was():
