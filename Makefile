@@ -5,16 +5,16 @@ INPUTS := pyproject.toml constraints.txt
 # Two notices of the theme about the future of mkdocs, which is pinned here, are left out.
 SITE := NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true .venv/bin/mkdocs
 
-.PHONY: demo test soak docs serve-docs models-table study study-quick evidence bench performance lint clean
+.PHONY: demo test soak docs serve-docs models-table study study-quick evidence bench performance package lint clean
 
 demo: .venv/demo.stamp
 	.venv/bin/python examples/train_text.py $(ARGS)
 
-test: .venv/test-loops.stamp
+test: .venv/test.stamp
 	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # The long runs and the fuzzing, of which `make test` does a short part: 15 to 25 minutes.
-soak: .venv/test-loops.stamp
+soak: .venv/test.stamp
 	.venv/bin/python -m pytest -n 2 --soak tests/test_soak.py tests/test_fuzz.py $(ARGS)
 
 # The site, into site/; warnings are errors. `make serve-docs` shows it while it is written.
@@ -25,7 +25,7 @@ serve-docs: .venv/docs.stamp
 	$(SITE) serve
 
 # The table of tested models, from the tests that train them.
-models-table: .venv/test-loops.stamp
+models-table: .venv/test.stamp
 	.venv/bin/python -m pytest -n 2 tests/test_transformers.py tests/test_libraries.py \
 		--models-table docs/models.md
 
@@ -54,12 +54,23 @@ lint: .venv/dev.stamp
 	.venv/bin/mypy
 
 .venv/%.stamp: $(INPUTS) | .venv/bin/python
-	$(PIP) -e ".[$*]"
+	$(PIP) -e . --group $*
 	touch $@
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "spanopt needs Python 3.10 or later: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
+	$(PIP) pip  # dependency groups need pip 25.1
+
+# The wheel and the source distribution, into dist/, and the README's first snippet with the wheel alone.
+package: .venv/package.stamp
+	rm -rf dist build
+	.venv/bin/python -m build --outdir dist .
+	.venv/bin/twine check --strict dist/*
+	$(PYTHON) -m venv build/fresh
+	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	awk '/^```python/ {on = 1; next} /^```/ {if (on) exit} on' README.md > build/snippet.py
+	cd build && fresh/bin/python -W error snippet.py && fresh/bin/spanopt --version
 
 clean:
-	rm -rf .venv runs site
+	rm -rf .venv runs site dist build

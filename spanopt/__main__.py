@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spanopt import __version__
 from spanopt.inspection import inspect_model
 
 __all__ = ["main"]
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if it has shown that one can't or there is none, 3 if no forward pass could be made. Bad
         arguments end the process with 2.
     """
-    parser = argparse.ArgumentParser(prog="python -m spanopt")
+    parser = argparse.ArgumentParser(prog="spanopt")
+    parser.add_argument("--version", action="version", version=f"spanopt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "inspect",
