@@ -318,6 +318,7 @@ class SpanHooks:
 
         Example:
             >>> from torch import nn
+            >>> from spanopt import attach
             >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
             >>> hooks.is_attention(hooks.sites[0])
             True

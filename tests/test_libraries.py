@@ -19,16 +19,21 @@ import torch
 import transformers as hf
 from einops import rearrange
 from einops.layers.torch import Rearrange
-from families import GROUPED, NO_DROPOUT, SCALES, hooked
-from models import mha_reference
+from families import COMMON, GROUPED, NO_DROPOUT, SCALES, SEQ2SEQ, hooked
+from models import mha_reference, oracle_hook
 from peft.tuners.lora import Linear as LoraLinear
 from test_transformers import gradients, largest_error, pad, ragged, wrap
 from torch import einsum, nn
 from torch.nn import functional as F
+from transformers.models.deberta.modeling_deberta import DisentangledSelfAttention
+from transformers.models.led.modeling_led import LEDEncoderSelfAttention
+from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionSdpaAttention
+from transformers.models.vitdet.modeling_vitdet import VitDetAttention
 from x_transformers import Decoder, Encoder, TransformerWrapper
 from x_transformers.attend import Attend
 
-from spanopt import find_attention
+from spanopt import SpanScale, UnscaledLayerError, attach, find_attention
 
 VOCABULARY, BATCH, LENGTH, WIDTH, HEADS, DIM = 40, 3, 12, 32, 4, 8
 
@@ -261,7 +266,169 @@ class TemperedReference(TemperedAttention):
         return self.layer_norm(self.fc(y) + residual), None
 
 
+class CaiTAttention(nn.Module):
+    """CaiT's, as vit-pytorch has it: scores and weights of all heads are mixed."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.scale = HEADS, DIM**-0.5
+        self.norm = nn.LayerNorm(WIDTH)
+        self.to_q = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.to_kv = nn.Linear(WIDTH, WIDTH * 2, bias=False)
+        self.attend = nn.Softmax(dim=-1)
+        self.mix_heads_pre_attn = nn.Parameter(torch.randn(HEADS, HEADS))
+        self.mix_heads_post_attn = nn.Parameter(torch.randn(HEADS, HEADS))
+        self.to_out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = self.norm(x)
+        qkv = (self.to_q(x), *self.to_kv(x).chunk(2, dim=-1))
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in qkv)
+        dots = einsum("b h i d, b h j d -> b h i j", q, k) * self.scale
+        dots = einsum("b h i j, h g -> b g i j", dots, self.mix_heads_pre_attn)
+        attn = self.attend(dots)
+        attn = einsum("b h i j, h g -> b g i j", attn, self.mix_heads_post_attn)
+        out = einsum("b h i j, b h j d -> b h i d", attn, v)
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+
+class CaiTReference(CaiTAttention):
+    def forward(self, x):
+        x = self.norm(x)
+        q, k, v = map(split, (self.to_q(x), *self.to_kv(x).chunk(2, -1)))
+        q, k = hooked(q, k)
+        scores = (self.mix_heads_pre_attn.T @ (q @ k.mT).flatten(2)).view(len(q), HEADS, -1)
+        weights = (scores.unflatten(-1, (q.shape[2], -1)) * self.scale).softmax(-1)
+        mixed = (self.mix_heads_post_attn.T @ weights.flatten(2)).view(weights.shape)
+        return self.to_out(merge(mixed @ v))
+
+
+class RowAttention(nn.Module):
+    """The MSA Transformer's: rows of an alignment, (R, C, B, D), attend alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (
+            nn.Linear(WIDTH, WIDTH) for _ in range(4)
+        )
+
+    def forward(self, x, padding=None):
+        rows, columns, batch, _ = x.size()
+        q = self.q_proj(x).view(rows, columns, batch, HEADS, DIM)
+        k = self.k_proj(x).view(rows, columns, batch, HEADS, DIM)
+        v = self.v_proj(x).view(rows, columns, batch, HEADS, DIM)
+        q *= DIM**-0.5 / math.sqrt(rows)
+        if padding is not None:
+            q *= 1 - padding.permute(1, 2, 0).unsqueeze(3).unsqueeze(4).to(q)
+        weights = torch.einsum("rinhd,rjnhd->hnij", q, k)
+        if padding is not None:
+            closed = padding[:, 0].unsqueeze(0).unsqueeze(2)
+            weights = weights.masked_fill(closed, -10000)
+        probs = weights.softmax(-1)
+        context = torch.einsum("hnij,rjnhd->rinhd", probs, v)
+        return self.out_proj(context.contiguous().view(rows, columns, batch, WIDTH))
+
+
+class RowReference(RowAttention):
+    def forward(self, x, padding=None):
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (project(x).unflatten(-1, (HEADS, DIM)) for project in projections)
+        # Of each sequence and head all rows side by side: (B, H, C, R * d).
+        q, k = (y.permute(2, 3, 1, 0, 4).flatten(-2) for y in (q, k))
+        q, k = hooked(q, k)
+        weights = (q @ k.mT * DIM**-0.5 / math.sqrt(len(x))).softmax(-1)
+        y = weights.unsqueeze(2) @ v.permute(2, 3, 0, 1, 4)
+        return self.out_proj(y.permute(2, 3, 0, 1, 4).flatten(-2))
+
+
+class Alignments(nn.Module):
+    """Text of two rows, (B, 2 C), to logits (B, 2 C, V)."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(RowAttention() for _ in range(2))
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, text, padding=None):
+        x = rearrange(self.embed(text), "b (r c) d -> r c b d", r=2)
+        for layer in self.layers:
+            x = x + layer(x, padding)
+        return self.head(rearrange(x, "r c b d -> b (r c) d"))
+
+
+def positions_by_row_and_column(self, q, height, width):
+    """The bias of SAM and ViTDet, (B, H, N, N), of queries (B, H, N, d)."""
+    q = q.unflatten(2, (height, width))
+    rows, columns = (
+        table[torch.arange(size)[:, None] - torch.arange(size) + size - 1]
+        for table, size in ((self.rel_pos_h, height), (self.rel_pos_w, width))
+    )
+    of_rows = torch.einsum("bhyxc,ykc->bhyxk", q, rows).unsqueeze(-1)
+    of_columns = torch.einsum("bhyxc,xkc->bhyxk", q, columns).unsqueeze(-2)
+    return (of_rows + of_columns).flatten(-2).flatten(2, 3)
+
+
+def image_attention(self, x, softmax=None):
+    """SAM's and ViTDet's attention by plain mathematics."""
+    height, width = x.shape[1:3]
+    q, k, v = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+    bias = positions_by_row_and_column(self, q, height, width)
+    q, k = hooked(q, k)
+    weights = (q @ k.mT * self.scale + bias).softmax(-1, dtype=softmax).to(x.dtype)
+    return self.proj(merge(weights @ v).unflatten(1, (height, width)))
+
+
+class ViTDetReference(VitDetAttention):
+    def forward(self, x, output_attentions=False):
+        return (image_attention(self, x),)
+
+
+class SamReference(SamVisionAttention):
+    def forward(self, hidden_states, output_attentions=None):
+        return image_attention(self, hidden_states, torch.float32), None
+
+
+class SamSdpaReference(SamVisionAttention):
+    def forward(self, hidden_states, output_attentions=None):
+        return image_attention(self, hidden_states), None
+
+
+class DebertaReference(DisentangledSelfAttention):
+    """DeBERTa's, with oracle hooks on Q and K of the content product alone."""
+
+    def forward(self, x, mask, *args, relative_pos=None, rel_embeddings=None, **kwargs):
+        d, reach = self.attention_head_size, min(x.shape[1], self.max_relative_positions)
+        q, k, v = split(self.in_proj(x)).chunk(3, -1)
+        q, v = q + split(self.q_bias[None, None]), v + split(self.v_bias[None, None])
+        scale = torch.sqrt(torch.tensor(d, dtype=torch.float) * 3)  # in float32, as in the library
+        q = q / scale.to(q.dtype)
+        middle = self.max_relative_positions
+        embeddings = rel_embeddings[None, middle - reach : middle + reach]
+        position = (relative_pos[0] + reach).clamp(0, 2 * reach - 1)
+        key_position = split(self.pos_proj(embeddings))[0][:, position]
+        query_position = split(self.pos_q_proj(embeddings))[0][:, position] / scale
+        content_q, content_k = hooked(q, k)
+        scores = (
+            content_q @ content_k.mT
+            + torch.einsum("bhnd,hnmd->bhnm", q, key_position)
+            + torch.einsum("bhmd,hnmd->bhnm", k, query_position)
+        )
+        if self.talking_head:
+            scores = torch.einsum("bhnm,gh->bgnm", scores, self.head_logits_proj.weight)
+        weights = scores.masked_fill(~mask.bool(), torch.finfo(scores.dtype).min).softmax(-1)
+        if self.talking_head:
+            weights = torch.einsum("bhnm,gh->bgnm", weights, self.head_weights_proj.weight)
+        return merge(weights @ v), None
+
+
 REFERENCES = {
+    CaiTAttention: CaiTReference,
+    RowAttention: RowReference,
+    VitDetAttention: ViTDetReference,
+    SamVisionAttention: SamReference,
+    SamVisionSdpaAttention: SamSdpaReference,
+    DisentangledSelfAttention: DebertaReference,
     NanoAttention: NanoReference,
     CrossAttention: CrossReference,
     ViTAttention: ViTReference,
@@ -344,6 +511,62 @@ class ViT(nn.Module):
             x = attention(x) + x
             x = feed_forward(x) + x
         return self.mlp_head(x[:, 0])
+
+
+class Features(nn.Module):
+    """An image encoder of transformers, and logits of what it returns."""
+
+    def __init__(self, encoder, channels_first=False):
+        super().__init__()
+        self.encoder, self.channels_first = encoder, channels_first
+        width = encoder.config.output_channels if channels_first else WIDTH
+        self.head = nn.Linear(width, VOCABULARY)
+
+    def forward(self, images):
+        x = self.encoder(images).last_hidden_state
+        return self.head(x.flatten(2).mT)
+
+
+def vitdet():
+    config = hf.VitDetConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        mlp_ratio=2,
+        image_size=16,
+        pretrain_image_size=16,
+        patch_size=4,
+        use_relative_position_embeddings=True,
+        window_block_indices=[0],
+        window_size=2,
+    )
+    config.output_channels = WIDTH
+    return Features(hf.VitDetModel(config), channels_first=True)
+
+
+def sam(attention):
+    config = hf.SamVisionConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        mlp_dim=48,
+        image_size=16,
+        patch_size=4,
+        window_size=2,
+        global_attn_indexes=[1],
+        output_channels=WIDTH,
+        num_pos_feats=4,
+        attn_implementation=attention,
+    )
+    return Features(hf.SamVisionModel(config), channels_first=True)
+
+
+def deberta(talking):
+    config = hf.DebertaConfig(
+        **{**COMMON, **NO_DROPOUT}, relative_attention=True, pos_att_type=["c2p", "p2c"]
+    )
+    config.talking_head = talking
+    return hf.DebertaForMaskedLM(config)
 
 
 class TorchSeq2Seq(nn.Module):
@@ -474,6 +697,18 @@ def images():
     return (torch.randn(BATCH, 3, 8, 8, dtype=torch.float64),)
 
 
+def large_images():
+    return (torch.randn(BATCH, 3, 16, 16, dtype=torch.float64),)
+
+
+def cait():
+    return Stack(CaiTAttention(), CaiTAttention())
+
+
+def alignments():
+    return (text(2 * LENGTH),)
+
+
 def nano(flash, blocks=1, loops=1):
     return Stack(*(NanoAttention(flash) for _ in range(blocks)), loops=loops)
 
@@ -554,6 +789,8 @@ OF_MANUAL_DECODERS = {
     ", learned sink": {"attn_head_learned_sink": True},
     ", residual_attn": {"residual_attn": True},
     ", top-k": TOP_K,
+    ", soft clamp": {"attn_softclamp_logits": True, "attn_logit_softclamp_value": 2.0},
+    ", cog": {"attn_cog_signed": True},
 }
 ADAPTERS = {
     "LoRA q k": lora("q_proj", "k_proj"),
@@ -585,6 +822,16 @@ def cases():
         yield Case("lucidrains", "GPT", way, "softmax", 2, partial(lucidrains, merged))
         yield Case("lucidrains", "Perceiver", way, "softmax", 2, partial(Perceiver, merged))
     yield Case("vit-pytorch", "ViT", "manual", "softmax", 2, ViT, images)
+    yield Case("vit-pytorch", "CaiT", "manual, heads mixed", "softmax", 2, cait)
+    way = "manual, rows tied"
+    yield Case("ESM", "MSA Transformer", way, "softmax", 2, Alignments, alignments)
+    yield Case("transformers", "ViTDet", "eager", "softmax", 2, vitdet, large_images)
+    for tap, way in (("score", "sdpa"), ("softmax", "eager")):
+        built = partial(sam, way)
+        yield Case("transformers", "SAM, image encoder", way, tap, 2, built, large_images)
+    for talking in (False, True):
+        name = "DeBERTa, talking heads" if talking else "DeBERTa"
+        yield Case("transformers", name, "eager", "softmax", 2, partial(deberta, talking))
     for library, layer in (
         ("Annotated Transformer", AnnotatedAttention),
         ("jadore801120", TemperedAttention),
@@ -605,6 +852,11 @@ def cases():
 # The parameters that are trained and make Q and K, and the share of their rows that does: where
 # they are fused, V comes last.
 SHARES = {
+    "layers.0.q_proj.weight": 1,
+    "layers.0.k_proj.weight": 1,
+    "attention.qkv.weight": 2 / 3,
+    "attn.qkv.weight": 2 / 3,
+    "in_proj.weight": 1 / 6,  # q, k and v of the first head, then those of the second
     "linears.0.weight": 1,
     "linears.1.weight": 1,
     "w_qs.weight": 1,
@@ -759,6 +1011,103 @@ def test_sequences_in_a_padded_batch_have_the_gradients_they_have_alone(name):
     error = largest_error(gradients(model, together()), gradients(model, alone()))
     assert error < 1e-9
     assert not optimizer.hooks.unseen()
+
+
+def test_sequences_of_a_padded_alignment_have_the_gradients_they_have_alone():
+    # More columns than the features of all rows of a head, so that the span is not everything.
+    model, columns = shaken(Alignments()), (24, 19, 21)
+    rows = [torch.randint(3, VOCABULARY, (2, length)) for length in columns]
+    padded = torch.stack([F.pad(row, (0, 24 - row.shape[1])) for row in rows])
+    padding = torch.stack([torch.arange(24) >= length for length in columns])
+    padding = padding[:, None].expand(-1, 2, -1)
+
+    def together():
+        logits = model(padded.flatten(1), padding).unflatten(1, (2, -1))
+        return logits[~padding].pow(3).sum()
+
+    def alone():
+        return sum(model(row.reshape(1, -1)).pow(3).sum() for row in rows)
+
+    assert largest_error(gradients(model, together()), gradients(model, alone())) < 1e-9
+    plain = gradients(model, alone())
+    optimizer = wrap(model)
+    actual = gradients(model, together())
+    assert largest_error(actual, gradients(model, alone())) < 1e-9
+    assert largest_error(actual, plain) > 0.1
+    (site, _) = optimizer.hooks.sites
+    assert (site.heads, site.head_dim, site.query_length) == (HEADS, 2 * DIM, 21)
+
+
+# Banded attention: no product of all queries with all keys is ever there.
+
+BANDED = {
+    "query": "query",
+    "key": "key",
+    "num_heads": HEADS,
+    "batch_first": False,
+    "in_place": True,
+}
+
+
+def longformer():
+    config = hf.LongformerConfig(**COMMON, **NO_DROPOUT, attention_window=[4, 4], sep_token_id=2)
+    return hf.LongformerForMaskedLM(config)
+
+
+def led():
+    config = hf.LEDConfig(
+        **SEQ2SEQ,
+        attention_window=4,
+        max_encoder_position_embeddings=32,
+        max_decoder_position_embeddings=32,
+    )
+    return hf.LEDForConditionalGeneration(config)
+
+
+def tokens_first(module, args, y):
+    """Put oracle hooks on a projection (N, B, H * d); the layer may change what comes out."""
+    side = "query" if module.is_query else "key"
+    heads = oracle_hook(y.unflatten(-1, (HEADS, -1)).permute(1, 2, 0, 3) * 1.0, *SCALES[side])
+    return heads.permute(2, 0, 1, 3).flatten(-2).clone()
+
+
+@pytest.mark.parametrize("build", [longformer, led])
+def test_banded_attention_by_the_modules_that_project_its_queries_and_keys(build):
+    kinds = LongformerSelfAttention, LEDEncoderSelfAttention
+    model, inputs = shaken(build()), {"input_ids": text(), "decoder_input_ids": text()}
+    if build is longformer:
+        del inputs["decoder_input_ids"]
+    reference = copy.deepcopy(model)
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    for name in names:
+        for projection in ("query", "key"):
+            module = reference.get_submodule(f"{name}.{projection}")
+            module.is_query = projection == "query"
+            module.register_forward_hook(tokens_first)
+    before = model(**inputs).logits
+    plain = gradients(model, loss_of(before))
+    expected = gradients(reference, loss_of(reference(**inputs).logits))
+    scale = SpanScale(*SCALES["query"], key=SCALES["key"])
+    maps = dict.fromkeys(names, BANDED)
+    with attach(model, dict.fromkeys(names, scale), qk_modules=maps) as hooks:
+        after = model(**inputs).logits
+        actual = gradients(model, loss_of(after))
+        hooks.check()
+    assert torch.equal(after, before)
+    assert largest_error(actual, expected) < 1e-9
+    for name in names:
+        for projection in ("query", "key"):
+            of_one = [{"": g[f"{name}.{projection}.weight"]} for g in (actual, plain)]
+            assert largest_error(*of_one) > 0.1
+
+
+@pytest.mark.parametrize("build", [longformer, led])
+def test_banded_attention_that_is_not_mapped_is_an_error_that_says_where_it_was_lost(build):
+    model, inputs = build(), {"input_ids": text()}
+    kinds = "LongformerSelfAttention|LEDEncoderSelfAttention"
+    message = f"Each ({kinds}) multiplied .* their product was lost on its way to a softmax: at pad"
+    with attach(model, {"*": (2.0, 1.0)}), pytest.raises(UnscaledLayerError, match=message):
+        model(**inputs)
 
 
 def test_finding_the_layers_of_a_model_that_uses_einops_warns_of_nothing():

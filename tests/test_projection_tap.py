@@ -568,6 +568,58 @@ def test_a_change_in_place_is_an_error_that_says_what_to_write(how, fused):
     assert_close(gradients(model, model(x).pow(3).sum()), plain, 1e-14)
 
 
+@pytest.mark.parametrize(
+    ("how", "fused"), [(times, ""), (view, ""), (times, "wqkv"), (part, "wqkv")]
+)
+def test_a_layer_that_is_said_to_change_them_in_place_gets_copies(how, fused):
+    model, x = nn.Sequential(Scaling(how, fused=fused)).double(), normal(2, 9, WIDTH)
+    spec = {"qkv": "wqkv", "num_heads": HEADS} if fused else MAP
+    before, plain = model(x), gradients(model, model(x).pow(3).sum())
+    elsewhere = nn.Sequential(Scaling(lambda y: how(y.clone()), fused=fused)).double()
+    elsewhere.load_state_dict(model.state_dict())
+    with attach(elsewhere, SCALE, qk_modules={"0": spec}):
+        expected = gradients(elsewhere, elsewhere(x).pow(3).sum())
+    with attach(model, SCALE, qk_modules={"0": {**spec, "in_place": True}}):
+        assert torch.equal(model(x), before)
+        actual = gradients(model, model(x).pow(3).sum())
+    assert_close(actual, expected)
+    of_queries, unscaled = (g[f"0.{fused or 'wq'}.weight"][:WIDTH] for g in (actual, plain))
+    assert (of_queries - unscaled).abs().max() > 0.1 * unscaled.abs().max()
+
+
+class TokensFirst(Attention):
+    """Attention whose projections return (N, B, features)."""
+
+    def project(self, x):
+        y = x.transpose(0, 1)
+        q, k, v = (
+            module(y).unflatten(-1, (HEADS, -1)).permute(1, 2, 0, 3)
+            for module in (self.wq, self.wk, self.wv)
+        )
+        return q, k, v
+
+
+def test_projections_with_the_tokens_before_the_batch():
+    model, x = TokensFirst().double(), normal(2, 9, WIDTH)
+    expected = gradients(model, model.reference(x, **SCALES).pow(3).sum())
+    real = torch.arange(9) < torch.tensor([[9], [7]])
+    with attach(model, SCALE, qk_modules={"": {**MAP, "batch_first": False}}) as hooks:
+        assert_close(gradients(model, model(x).pow(3).sum()), expected)
+        (site,) = hooks.sites
+        assert (site.heads, site.query_length) == (HEADS, 9)
+        with token_mask(real):
+            model(x).pow(3).sum().backward()
+    with attach(model, SCALE, qk_modules={"": MAP}):
+        wrong = gradients(model, model(x).pow(3).sum())
+    assert (wrong["wq.weight"] - expected["wq.weight"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("option", ["batch_first", "in_place"])
+def test_options_of_the_outputs_are_true_or_false(option):
+    with pytest.raises(ValueError, match=f"{option} must be True or False, got 'no'"):
+        attach(Attention(), SCALE, qk_modules={"": {**MAP, option: "no"}})
+
+
 class Changed(nn.Module):
     """A projection that is no ``nn.Linear``."""
 

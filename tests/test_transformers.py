@@ -78,7 +78,6 @@ def test_five_steps_on_the_gradients_of_the_reference(family, attention, record_
     layers = family.layers(model.config)
     assert len(projections) == layers * len(family.projections)
     optimizer = wrap(model)
-    assert len(optimizer.span_groups) == layers
     error = 0.0
     for _ in range(5):
         for copied in (bare, reference):
@@ -97,11 +96,13 @@ def test_five_steps_on_the_gradients_of_the_reference(family, attention, record_
             assert largest_error({name: unscaled[name]}, {name: actual[name]}) > 0.1, name
         optimizer.step()
     assert error < 1e-9
+    sites = [site for site in optimizer.hooks.sites if site.tap is not None]
+    assert len(sites) == layers
     record_property("library", "transformers")
     record_property("model", family.name)
     record_property("class", type(model).__name__)
     record_property("attention", attention)
-    record_property("taps", ",".join(sorted({site.tap for site in optimizer.hooks.sites})))
+    record_property("taps", ",".join(sorted({site.tap for site in sites})))
     record_property("layers", layers)
     record_property("error", error)
 

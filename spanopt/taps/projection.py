@@ -30,6 +30,7 @@ _PARTS = {
     "qk": ("query", "key"),
     "kv": ("key", "value"),
 }
+_OPTIONS = ("num_heads", "num_kv_heads", "layout", "batch_first", "in_place")
 _LAYOUTS = ("concatenated", "interleaved")
 
 
@@ -44,6 +45,8 @@ class Projection:
             key heads where they are interleaved.
         width: Heads in a block.
         sides: ``"query"`` and ``"key"`` with the first of their heads in a block and how many.
+        batch_first: Whether the output is (B, N, features), and not (N, B, features).
+        in_place: Whether the layer changes the output in place, and therefore gets a copy.
     """
 
     name: str
@@ -51,6 +54,8 @@ class Projection:
     blocks: int
     width: int
     sides: tuple[tuple[str, int, int], ...]
+    batch_first: bool = True
+    in_place: bool = False
 
     def check(self, layer: str, features: int) -> None:
         """Refuse a number of output features that is no multiple of the number of heads.
@@ -79,7 +84,10 @@ def projections_of(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> li
             modules in the layer, ``qkv``, ``qk`` and ``kv`` with several in one output.
             ``num_heads``, and ``num_kv_heads`` where there are fewer. ``layout`` of fused outputs:
             ``"concatenated"`` (all of Q, then all of K, ...; default) or ``"interleaved"`` (for
-            each key head its query heads, then itself, then its value head).
+            each key head its query heads, then itself, then its value head). ``batch_first``:
+            false where outputs have the shape (N, B, features); default true. ``in_place``: true
+            where the layer changes the outputs in place, which then costs a copy of each; default
+            false.
 
     Returns:
         A projection for each module.
@@ -101,12 +109,12 @@ def projections_of(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> li
             f"qk_modules[{layer!r}] must be a dict such as "
             f'{{"query": "wq", "key": "wk", "num_heads": 8}}, got {type(spec).__name__}'
         )
-    unknown = set(spec) - {*_PARTS, "num_heads", "num_kv_heads", "layout"}
+    unknown = set(spec) - {*_PARTS, *_OPTIONS}
     given = [part for part in _PARTS if part in spec]
     if unknown or set(given) not in ({"query", "key"}, {"qkv"}, {"qk"}, {"query", "kv"}):
         raise ValueError(
             f"qk_modules[{layer!r}] must name 'query' and 'key', or 'qkv', or 'qk', or 'query' "
-            f"and 'kv', and 'num_heads', and may have 'num_kv_heads' and 'layout'; got "
+            f"and 'kv', and 'num_heads', and may have {', '.join(map(repr, _OPTIONS[1:]))}; got "
             f"{sorted(map(str, spec))}"
         )
     heads: Any = spec.get("num_heads")
@@ -125,6 +133,12 @@ def projections_of(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> li
         )
     if layout not in _LAYOUTS:
         raise ValueError(f"qk_modules[{layer!r}]: layout must be one of {_LAYOUTS}, got {layout!r}")
+    batch_first, in_place = spec.get("batch_first", True), spec.get("in_place", False)
+    for option, value in (("batch_first", batch_first), ("in_place", in_place)):
+        if not isinstance(value, bool):
+            raise ValueError(
+                f"qk_modules[{layer!r}]: {option} must be True or False, got {value!r}"
+            )
     if "key" in spec and spec["key"] == spec["query"]:
         raise ValueError(
             f"qk_modules[{layer!r}]: {spec['key']!r} is named as 'query' and as 'key': one tensor "
@@ -149,7 +163,7 @@ def projections_of(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> li
             if side != "value":
                 sides.append((side, first, count))
             first += count
-        projection = Projection(name, owner, blocks, first, tuple(sides))
+        projection = Projection(name, owner, blocks, first, tuple(sides), batch_first, in_place)
         features = getattr(owner, "out_features", getattr(owner, "nf", None))
         if isinstance(features, int):
             projection.check(layer, features)
@@ -200,10 +214,12 @@ class ProjectionTap(Tap):
 
         Args:
             projection: The module.
-            output: Shape ``(..., N, features)``.
+            output: Shape ``(..., N, features)``, or ``(N, B, features)`` where the projection is
+                not ``batch_first``.
 
         Returns:
-            A view of it, or the output itself while the layer is not running.
+            A view of it, a copy where the layer changes it in place, or the output itself where
+            there is nothing to do.
 
         Raises:
             TypeError: The output is not a dense floating-point tensor.
@@ -218,9 +234,12 @@ class ProjectionTap(Tap):
                 f"layer {layer!r}: {name!r} must return a tensor (..., N, features) for the "
                 f"projection tap, got {type(output).__name__}"
             )
+        whole = output
         self.refuse(**{name: output})
         self.refuse_vmap(output)
         projection.check(layer, output.shape[-1])
+        if output.ndim > 2 and not projection.batch_first:
+            output = output.transpose(0, 1)
         *batch, length, features = output.shape
         head_dim = features // (projection.blocks * projection.width)
         given = dict(zip(("query", "key"), self.given() or (None, None), strict=True))
@@ -233,7 +252,7 @@ class ProjectionTap(Tap):
             settings += [*scale, *tokens]
         idle = self.watching() is None and all(mode == "identity" for mode in settings[::_PER_SIDE])
         if idle or not (output.requires_grad and torch.is_grad_enabled()):
-            return output
+            return whole
         thread.busy = True  # compiled code traces the backward here, where there is no call
         try:
             with self.keeping():
@@ -246,7 +265,10 @@ class ProjectionTap(Tap):
         watcher = self.watching()
         if watcher is not None:
             self._watch(watcher, projection, output.detach(), settings, result)
-        return result
+        if result.ndim > 2 and not projection.batch_first:
+            result = result.transpose(0, 1)
+        # The layer then changes a tensor of its own, and the node keeps what spans.
+        return result.clone() if projection.in_place else result
 
     def _watch(
         self,
@@ -295,7 +317,8 @@ class ProjectionTap(Tap):
                 raise
             raise RuntimeError(
                 f"layer {self.site.name!r} changes the output of a projection in place, which the "
-                "projection tap has a node on: write q = q * scale in place of q *= scale"
+                "projection tap has a node on: write q = q * scale in place of q *= scale, or "
+                "give the layer's entry of qk_modules 'in_place': True"
             ) from error
 
 
