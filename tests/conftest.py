@@ -36,7 +36,8 @@ def pytest_runtest_logreport(report):
 def pytest_sessionfinish(session, exitstatus):
     path = session.config.getoption("models_table")
     if path and exitstatus == 0 and not hasattr(session.config, "workerinput"):
-        Path(path).write_text(models_table.page(), encoding="utf-8")
+        old = Path(path).read_text(encoding="utf-8")
+        Path(path).write_text(models_table.page(old), encoding="utf-8")
 
 
 @pytest.fixture
