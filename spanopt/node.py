@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spanopt.projection import rescale, rescale_by_document
+from spanopt.projection import inverse_power, largest_entries, rescale, rescale_by_document
 from spanopt.setups import SETUPS, Setup, setup_name
 from spanopt.shards import Spread, is_spread, on_shards
 
@@ -239,10 +239,14 @@ def rescale_tokens(
 def _with_norm_of(grad: Tensor, scaled: Tensor) -> Tensor:
     """Give each matrix (N, d) of a rescaled gradient the norm that it had before."""
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    grad_dtype, grad, scaled = grad.dtype, grad.to(dtype), scaled.to(dtype)
+    # Squares of the entries must not leave the range of the dtype.
+    one, other = (inverse_power(largest_entries(x)) for x in (grad.detach(), scaled.detach()))
+    scaled = scaled * other
     before, after = (
-        torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype) for x in (grad, scaled)
+        torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (grad * one, scaled)
     )
-    return (scaled * (before / torch.where(after == 0, 1, after))).to(grad.dtype)
+    return (scaled * (before / torch.where(after == 0, 1, after)) / one).to(grad_dtype)
 
 
 # The scales are attributes of ctx: saved for backward, a later change would be a version error.

@@ -55,8 +55,9 @@ def project(
 
     Returns:
         ``P x``, with the shape and dtype of ``x``. float16 and bfloat16 are computed in float32.
-        Where ``basis`` or ``x`` is not finite the result is not finite. Entries of the basis are
-        squared: in float32 those above 1e19 give NaN, and a basis below 1e-24 counts as zero.
+        Where ``basis`` or ``x`` is not finite the result is not finite. Any finite basis is
+        accepted: each matrix is first multiplied by a power of two, so that no square of an entry
+        overflows and none that matters underflows.
 
     Raises:
         TypeError: A dtype that is not real floating point, or a mask that is not boolean.
@@ -101,7 +102,7 @@ def orthonormal(basis: Tensor, *, ridge: float | None = None, mask: Tensor | Non
         return torch.zeros_like(basis, dtype=dtype)
     ridge = max(default_ridge(dtype), ridge or 0.0)
     with _full_precision(basis.device.type):
-        whitened, inverse, valid = _factored(_matrices(basis.detach(), mask, dtype), ridge, None)
+        whitened, inverse, valid = _factored(_scaled(basis, mask, dtype, None), ridge, None)
         return (whitened @ (inverse * valid)).reshape(basis.shape)
 
 
@@ -310,7 +311,7 @@ def _project(
     ridge = max(default_ridge(dtype), ridge or 0.0)
     with _full_precision(basis.device.type):
         # Copies have no name: each is gone, for the next buffer to take its place, once it is used.
-        whitened, inverse, weight = _factored(_matrices(basis.detach(), mask, dtype), ridge, spread)
+        whitened, inverse, weight = _factored(_scaled(basis, mask, dtype, spread), ridge, spread)
         if factor is not None:
             by_head = weight.reshape(*basis.shape[:-2], 1, 1) * factor
             weight = by_head.reshape(weight.shape)
@@ -327,6 +328,48 @@ def _matrices(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         return x.to(dtype).reshape(shape)
     x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return x.masked_fill_(~mask[..., None], 0).view(shape)
+
+
+def _scaled(
+    basis: Tensor, mask: Tensor | None, dtype: torch.dtype, spread: Spread | None
+) -> Tensor:
+    """Return a copy of the basis as (matrices, N, d), each times a power of two.
+
+    The largest entry of each matrix is then about 1, which changes no span and, but for entries
+    below the smallest normal number, no digit.
+    """
+    q = basis.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    q = q.view(basis.shape[:-2].numel(), *basis.shape[-2:])
+    if mask is not None:
+        q = q.view(basis.shape).masked_fill_(~mask[..., None], 0).view(q.shape)
+    largest = largest_entries(q)
+    if spread is not None:  # every process has to scale its tokens alike
+        largest = spread.total(largest, "max")
+    return q.mul_(inverse_power(largest))
+
+
+def largest_entries(x: Tensor) -> Tensor:
+    """Return the largest absolute value in each matrix (..., N, d), shape (..., 1, 1).
+
+    It is NaN where the matrix holds one, and 0 where the matrix is empty.
+    """
+    if 0 in x.shape[-2:]:
+        return x.new_zeros(*x.shape[:-2], 1, 1)
+    # Two reductions are faster than one over a copy of absolute values.
+    return torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
+
+
+def inverse_power(x: Tensor) -> Tensor:
+    """Return a power of two near 1 / x, without rounding: x times it is at least 1 and below 4.
+
+    It is taken from the bits of the exponent. Numbers below the smallest normal one, and zero, get
+    the largest power that there is; infinity and NaN get the smallest.
+    """
+    integer, bits = (torch.int64, 52) if x.dtype == torch.float64 else (torch.int32, 23)
+    one = 1 << bits  # the last bit of the exponent
+    exponent = (1 << (torch.finfo(x.dtype).bits - 1)) - one
+    # The bias of the exponent, twice, is its largest value for a finite number.
+    return (exponent - one - (x.view(integer) & exponent)).clamp(min=one).view(x.dtype)
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[Any]:

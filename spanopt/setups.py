@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from spanopt.projection import orthonormal, project
+from spanopt.projection import inverse_power, largest_entries, orthonormal, project
 
 __all__ = [
     "NEED_OTHER",
@@ -188,8 +188,10 @@ def radial(
     """
     basis = basis.detach()
     dtype = torch.float64 if basis.dtype == torch.float64 else torch.float32
-    size = torch.linalg.vector_norm(basis, dim=-1, keepdim=True, dtype=dtype)
-    direction = basis.to(dtype) / torch.where(size > 0, size, 1)
+    tokens = basis.to(dtype)[..., None, :]
+    tokens = (tokens * inverse_power(largest_entries(tokens))).squeeze(-2)
+    size = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+    direction = tokens / torch.where(size == 0, 1, size)
     if mask is not None:
         direction = direction * mask[..., None]
     along = (direction * grad.to(dtype)).sum(-1, keepdim=True)
@@ -227,6 +229,7 @@ def feature(
     other = other.detach()
     dtype = torch.float64 if other.dtype == torch.float64 else torch.float32
     k = other.to(dtype)
+    k = k * inverse_power(largest_entries(k))
     energy, directions = torch.linalg.eigh(k.mT @ k)  # in ascending order
     energy = energy.clamp(min=0)
     below = energy.cumsum(-1)

@@ -28,13 +28,16 @@ class Spread(NamedTuple):
     mesh: Any
     dims: tuple[int, ...]
 
-    def total(self, part: Tensor) -> Tensor:
-        """Return the sum over the processes.
+    def total(self, part: Tensor, operation: str = "sum") -> Tensor:
+        """Return the sum over the processes, or the largest of their values.
 
         Args:
-            part: This process's summand.
+            part: This process's value.
+            operation: ``"sum"`` or ``"max"``.
         """
-        spread = [Partial() if i in self.dims else Replicate() for i in range(self.mesh.ndim)]
+        spread = [
+            Partial(operation) if i in self.dims else Replicate() for i in range(self.mesh.ndim)
+        ]
         whole = DTensor.from_local(part, self.mesh, spread, run_check=False)
         whole = whole.redistribute(placements=[Replicate()] * self.mesh.ndim)
         # Each process goes on with tokens of its own, so double backward has to add up as well.

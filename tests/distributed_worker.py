@@ -546,6 +546,14 @@ def a_node_on(what):
         actual[f"{name}, forward"], expected[f"{name}, forward"] = y.full_tensor().detach(), x
 
     compare("numbers", lambda x: span_node(x, 2.0, 0.5), rescaled(grad, x, 2.0, 0.5))
+    # Each process has numbers of another magnitude, whose squares leave the range of the dtype.
+    x, ordinary = x * torch.where(torch.arange(7.0) < 3, 1e-170, 1e-172)[:, None].double(), x
+    compare(
+        "tiny numbers",
+        lambda x: span_node(x, 2.0, 0.5),
+        rescaled(grad, x * 1e170, 2.0, 0.5),
+    )
+    x = ordinary
     for name, mask in {"plain": padding, "spread": distribute_tensor(padding, mesh)}.items():
         compare(
             f"a {name} mask and values by head",

@@ -110,6 +110,30 @@ def test_padding_changes_nothing_and_gets_nothing(name):
     assert not actual[..., 6:, :].any()
 
 
+@pytest.mark.parametrize("power", [-120, 120])
+@pytest.mark.parametrize("name", SETUPS)
+def test_a_setup_takes_tensors_of_any_magnitude(name, power):
+    g, q, k = (x.float() for x in inputs((2, 3, 9, 4)))
+    expected = SETUPS[name](g, q, k)
+    assert expected.any()
+    torch.testing.assert_close(
+        SETUPS[name](g, q * 2.0**power, k * 2.0**power), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("power", [-100, 100])
+def test_a_gradient_of_any_magnitude_keeps_its_norm(power):
+    g, q, _ = (x.float() for x in inputs((2, 3, 9, 4)))
+    q.requires_grad_()
+    scale = 2.0**power
+    one, other = (
+        torch.autograd.grad(span_node(q, 2.0, 0.5, preserve_norm=True), q, x)[0]
+        for x in (g, g * scale)
+    )
+    torch.testing.assert_close(other / scale, one)
+    torch.testing.assert_close(one.norm(dim=(-2, -1)), g.norm(dim=(-2, -1)))
+
+
 # The properties that hold for a setup; those of the span hold for all that follow it.
 PROJECTORS = ("span", "cross", "radial", "feature", "pooled")
 OF_A_SUBSPACE = ("span", "cross", "oblique", "pooled")
