@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from transformers.models.deberta.modeling_deberta import DisentangledSelfAttention
 from transformers.models.led.modeling_led import LEDEncoderSelfAttention
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionSdpaAttention
 from transformers.models.vitdet.modeling_vitdet import VitDetAttention
 from x_transformers import Decoder, Encoder, TransformerWrapper
@@ -303,6 +304,53 @@ class CaiTReference(CaiTAttention):
         return self.to_out(merge(mixed @ v))
 
 
+class XCAttention(nn.Module):
+    """XCiT's, as vit-pytorch has it: the channels of a head attend to each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = HEADS
+        self.norm = nn.LayerNorm(WIDTH)
+        self.to_qkv = nn.Linear(WIDTH, WIDTH * 3, bias=False)
+        self.temperature = nn.Parameter(torch.ones(HEADS, 1, 1))
+        self.attend = nn.Softmax(dim=-1)
+        self.to_out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        qkv = self.to_qkv(self.norm(x)).chunk(3, dim=-1)
+        q, k, v = (rearrange(t, "b n (h d) -> b h d n", h=self.heads) for t in qkv)
+        q, k = (F.normalize(t, p=2, dim=-1) for t in (q, k))
+        sim = einsum("b h i n, b h j n -> b h i j", q, k) * self.temperature.exp()
+        attn = self.attend(sim)
+        out = einsum("b h i j, b h j n -> b h i n", attn, v)
+        return self.to_out(rearrange(out, "b h d n -> b n (h d)"))
+
+
+class XCReference(XCAttention):
+    def forward(self, x):
+        q, k, v = (split(y).mT for y in self.to_qkv(self.norm(x)).chunk(3, -1))
+        q, k = hooked(*(y / y.norm(dim=-1, keepdim=True) for y in (q, k)))
+        weights = (q @ k.mT * self.temperature.exp()).softmax(-1)
+        return self.to_out(merge((weights @ v).mT))
+
+
+class NystroemReference(NystromformerSelfAttention):
+    """Three softmaxes, each with oracle hooks on queries and keys of its own."""
+
+    def forward(self, x, *args, **kwargs):
+        q, k, v = (split(project(x)) for project in (self.query, self.key, self.value))
+        q, k = (y / DIM**0.25 for y in (q, k))
+        q_marks, k_marks = (y.unflatten(2, (self.num_landmarks, -1)).mean(3) for y in (q, k))
+
+        def weights(a, b):
+            a, b = hooked(a, b)
+            return (a @ b.mT).softmax(-1)
+
+        inverse = self.iterative_inv(weights(q_marks, k_marks))
+        y = weights(q, k_marks) @ inverse @ (weights(q_marks, k) @ v)
+        return (merge(y + self.conv(v)),)
+
+
 class RowAttention(nn.Module):
     """The MSA Transformer's: rows of an alignment, (R, C, B, D), attend alike."""
 
@@ -424,6 +472,8 @@ class DebertaReference(DisentangledSelfAttention):
 
 REFERENCES = {
     CaiTAttention: CaiTReference,
+    XCAttention: XCReference,
+    NystromformerSelfAttention: NystroemReference,
     RowAttention: RowReference,
     VitDetAttention: ViTDetReference,
     SamVisionAttention: SamReference,
@@ -697,16 +747,27 @@ def images():
     return (torch.randn(BATCH, 3, 8, 8, dtype=torch.float64),)
 
 
+def xcit():
+    return Stack(XCAttention(), XCAttention())
+
+
+def nystroemformer():
+    config = hf.NystromformerConfig(
+        **COMMON, **NO_DROPOUT, num_landmarks=LENGTH, segment_means_seq_len=2 * LENGTH
+    )
+    return hf.NystromformerForMaskedLM(config)
+
+
+def long_text():
+    return (text(2 * LENGTH),)
+
+
 def large_images():
     return (torch.randn(BATCH, 3, 16, 16, dtype=torch.float64),)
 
 
 def cait():
     return Stack(CaiTAttention(), CaiTAttention())
-
-
-def alignments():
-    return (text(2 * LENGTH),)
 
 
 def nano(flash, blocks=1, loops=1):
@@ -823,8 +884,10 @@ def cases():
         yield Case("lucidrains", "Perceiver", way, "softmax", 2, partial(Perceiver, merged))
     yield Case("vit-pytorch", "ViT", "manual", "softmax", 2, ViT, images)
     yield Case("vit-pytorch", "CaiT", "manual, heads mixed", "softmax", 2, cait)
+    yield Case("vit-pytorch", "XCiT", "manual, cross-covariance", "softmax", 2, xcit)
+    yield Case("transformers", "Nyströmformer", "eager", "softmax", 2, nystroemformer, long_text)
     way = "manual, rows tied"
-    yield Case("ESM", "MSA Transformer", way, "softmax", 2, Alignments, alignments)
+    yield Case("ESM", "MSA Transformer", way, "softmax", 2, Alignments, long_text)
     yield Case("transformers", "ViTDet", "eager", "softmax", 2, vitdet, large_images)
     for tap, way in (("score", "sdpa"), ("softmax", "eager")):
         built = partial(sam, way)
@@ -868,6 +931,8 @@ SHARES = {
     "c_attn.weight": 2 / 3,
     "in_proj_weight": 2 / 3,
     "attention.query.weight": 1,
+    "self.query.weight": 1,
+    "self.key.weight": 1,
     "attention.key.weight": 1,
     "q_proj.lora_A.default.weight": 1,
     "q_proj.lora_B.default.weight": 1,
