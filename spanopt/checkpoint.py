@@ -5,14 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from spanopt.scale import SpanGroup, SpanScale, scales_of
+from spanopt.scale import SpanGroup, SpanScale, entries_of, scales_of
 
-__all__ = ["extended", "take_parameters", "take_scales"]
+__all__ = ["check_state", "extended", "take_parameters", "take_scales"]
 
 _SCALES = "span_groups"
 _PARAMETERS = "span_parameters"
+_ELEMENTWISE = {
+    "acc_delta",
+    "exp_avg",
+    "exp_avg_sq",
+    "exp_inf",
+    "max_exp_avg_sq",
+    "momentum_buffer",
+    "prev",
+    "square_avg",
+    "step_size",
+    "sum",
+}
 
 
 def extended(
@@ -55,19 +68,69 @@ def take_scales(
     if _SCALES not in state_dict:
         return {}
     saved = state_dict.pop(_SCALES)
-    entries = scales_of(saved)
     names = [group["name"] for group in groups]
-    absent = [name for name in names if name not in entries]
-    own = {name: entries.pop(name) for name in names if name in entries}
-    if entries and nested:
-        state_dict[_SCALES] = [group for group in saved if group["name"] in entries]
-    elif entries or absent:
+    if not nested:
+        own = scales_of(saved)
+        absent = [name for name in names if name not in own]
+        others = sorted(set(own) - set(names))
+    else:  # the wrapper inside has put its entries before those of this one
+        entries = dict(enumerate(entries_of(saved)))
+        last = {name: place for place, (name, _) in entries.items()}
+        own = {name: entries.pop(last[name])[1] for name in names if name in last}
+        absent, others = [name for name in names if name not in own], []
+        if entries:
+            state_dict[_SCALES] = [saved[place] for place in entries]
+    if others or absent:
         raise ValueError(
             "the checkpoint's attention layers are not this model's: "
-            f"only in the checkpoint: {sorted(entries)}; only in the model: {absent}. Remove "
+            f"only in the checkpoint: {others}; only in the model: {absent}. Remove "
             "'span_groups' from the state dict to load the optimizer's state alone"
         )
     return own
+
+
+def check_state(state_dict: Mapping[str, Any], optimizer: Optimizer, model: nn.Module) -> None:
+    """Refuse state of another shape than its parameter, which PyTorch would take without a word.
+
+    The shape is known where the optimizer has such an entry already, and for the running averages
+    of ``torch.optim`` and torch-optimizer, which have the shape of their parameter.
+
+    Args:
+        state_dict: What is going to be loaded into the optimizer.
+        optimizer: The optimizer.
+        model: The model, for the parameters' names.
+
+    Raises:
+        ValueError: A tensor has another shape. The message names the parameter.
+    """
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    known = type(optimizer).__module__.startswith(("torch.optim.", "torch_optimizer."))
+    try:
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        state = state_dict["state"]
+        pairs = [(p, state.get(i)) for i, p in zip(indices, _parameters(optimizer), strict=False)]
+    except (AttributeError, KeyError, TypeError):
+        return  # the optimizer itself says what is wrong with it
+    for parameter, saved in pairs:
+        if not isinstance(saved, Mapping):
+            continue
+        present = optimizer.state.get(parameter, {})
+        for key, value in saved.items():
+            expected = present.get(key) if isinstance(present, Mapping) else None
+            if expected is None and known and key in _ELEMENTWISE:
+                expected = parameter
+            if not (isinstance(value, Tensor) and isinstance(expected, Tensor)):
+                continue
+            if value.shape != expected.shape and max(value.ndim, expected.ndim) > 0:
+                raise ValueError(
+                    f"{names.get(id(parameter), 'a parameter that is not in the model')}: {key} "
+                    f"has the shape {tuple(value.shape)} in the checkpoint, and must have "
+                    f"{tuple(expected.shape)}"
+                )
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def take_parameters(

@@ -480,7 +480,7 @@ class SpanHooks:
         self.remove()
 
     def __repr__(self) -> str:
-        return table(self.sites, self.groups)
+        return table(self.sites, self._groups)
 
 
 class _CheckCalled:

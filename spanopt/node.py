@@ -311,7 +311,7 @@ class _SwitchedNode(torch.autograd.Function):
         # A number of values that is not that of the heads is the other side's.
         query, key = (
             factors if factors.ndim == 1 or factors.shape[1] == heads else factors[:, 0]
-            for factors in ctx.factors
+            for factors in (pair.to(x.device) for pair in ctx.factors)
         )
         if query.ndim != key.ndim:
             query, key = (x if x.ndim > 1 else x[:, None] for x in (query, key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spanopt.checkpoint import extended, take_parameters, take_scales
+from spanopt.checkpoint import check_state, extended, take_parameters, take_scales
 from spanopt.hooks import SpanHooks
 from spanopt.installing import install
 from spanopt.plan import ProjectionLike, QKModules, Request, Scales, plan
@@ -45,6 +46,10 @@ def _passed_on(name: str) -> Any:
         delattr(self.optimizer, name)
 
     return property(get, set_, delete, f"The wrapped optimizer's ``{name}``.")
+
+
+class _Lease:
+    """What a wrapper and its shallow copies hold together; the hooks go when nobody does."""
 
 
 class SpanScaledOptimizer(Optimizer):
@@ -134,7 +139,7 @@ class SpanScaledOptimizer(Optimizer):
             model, request, example_inputs=example_inputs, parameters=self._parameters()
         )
         # A wrapper that is dropped, as when a notebook cell runs again, leaves the model clean.
-        weakref.finalize(self, self.hooks.remove)
+        weakref.finalize(self._lease, self.hooks.remove)
 
     def _adopt(self, optimizer: Optimizer, model: nn.Module, request: Request) -> None:
         """Set the attributes that a wrapper has whether or not it is attached."""
@@ -142,6 +147,7 @@ class SpanScaledOptimizer(Optimizer):
         self.model = model
         self._request = request
         self._marks: dict[int, tuple[Any, int]] = {}
+        self._lease = _Lease()
         for hooks in _HOOK_TABLES:
             setattr(self, hooks, OrderedDict())
 
@@ -378,8 +384,13 @@ class SpanScaledOptimizer(Optimizer):
             >>> optimizer.load_state_dict(bare.state_dict())
         """
         if self._is_front:
-            self.optimizer.load_state_dict(dict(state_dict))
+            self.optimizer.load_state_dict(state_dict)  # type: ignore[arg-type]
             return
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(
+                f"not a state dict of {type(self.optimizer).__name__}, which is a dict, but "
+                f"{type(state_dict).__name__}"
+            )
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
@@ -389,6 +400,7 @@ class SpanScaledOptimizer(Optimizer):
             nested = hasattr(self.optimizer, "span_groups")
             scales = take_scales(state_dict, self.span_groups, nested=nested)
         take_parameters(state_dict, self.model, self.param_groups, check=self._attached)
+        check_state(state_dict, self.optimizer, self.model)
         before = {group["name"]: group.scale for group in self.span_groups}
         state, param_groups = self.optimizer.state, self.optimizer.param_groups
         try:
@@ -458,6 +470,21 @@ class SpanScaledOptimizer(Optimizer):
             self._adopt(**state)
             self._unhook()
 
+    def __copy__(self) -> SpanScaledOptimizer:
+        """Return a wrapper of a shallow copy of the wrapped optimizer.
+
+        As copies of a ``torch.optim.Optimizer`` do, both share parameter groups and state. They
+        share the hooks on the model too, which go with the last of them.
+        """
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        if not self._is_front:
+            copied._adopt(copy.copy(self.optimizer), self.model, self._request)
+            copied.__dict__.update(_marks=dict(self._marks), _lease=self._lease)
+        return copied
+
     def __repr__(self) -> str:
+        if self._is_front:
+            return repr(self.optimizer)
         state = "" if self._attached else ", detached"
         return f"{type(self).__name__}{state} (\n{self.hooks!r}\n{self.optimizer!r}\n)"

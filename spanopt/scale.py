@@ -14,6 +14,7 @@ __all__ = [
     "ScaleLike",
     "SpanGroup",
     "SpanScale",
+    "entries_of",
     "matching",
     "resolve_scales",
     "scales_of",
@@ -313,31 +314,56 @@ class SpanGroup(dict[str, Any]):
         return dict, (dict(self),)
 
 
-def scales_of(groups: Any) -> dict[str, SpanScale]:
+def entries_of(groups: Any) -> list[tuple[str, SpanScale]]:
     """Read the ``"span_groups"`` of a checkpoint.
 
     Args:
-        groups: A list of dicts as :meth:`SpanGroup.plain` returns them.
+        groups: A list of dicts such as :meth:`SpanGroup.plain` returns.
 
     Returns:
-        The scales by layer name.
+        Layer names with their scales, in the same order.
 
     Raises:
         ValueError: It is something else.
 
     Example:
-        >>> scales_of([SpanGroup("attn", SpanScale(3.0, 1.0)).plain()])["attn"].parallel
-        3.0
+        >>> [(name, scale)] = entries_of([SpanGroup("attn", SpanScale(3.0, 1.0)).plain()])
+        >>> name, scale.parallel
+        ('attn', 3.0)
     """
     try:
-        return {
-            group["name"]: SpanScale.of({f: x for f, x in group.items() if f != "name"})
+        return [
+            (group["name"], SpanScale.of({f: x for f, x in group.items() if f != "name"}))
             for group in groups
-        }
+        ]
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(
             f"the scales in the checkpoint are not what state_dict() returns: {error}"
         ) from error
+
+
+def scales_of(groups: Any) -> dict[str, SpanScale]:
+    """Read the ``"span_groups"`` of a checkpoint, where each layer has one entry.
+
+    Args:
+        groups: A list of dicts such as :meth:`SpanGroup.plain` returns.
+
+    Returns:
+        The scales by layer name.
+
+    Raises:
+        ValueError: It is something else, or a layer has several entries.
+
+    Example:
+        >>> scales_of([SpanGroup("attn", SpanScale(3.0, 1.0)).plain()])["attn"].parallel
+        3.0
+    """
+    scales: dict[str, SpanScale] = {}
+    for name, scale in entries_of(groups):
+        if name in scales:
+            raise ValueError(f"the checkpoint has the scales of layer {name!r} more than once")
+        scales[name] = scale
+    return scales
 
 
 def _plain(value: Any) -> Any:
@@ -375,7 +401,10 @@ def _factor(name: str, value: Any) -> Factor:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number or a sequence of numbers, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be finite, got a number that no float holds") from error
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     return number

@@ -161,7 +161,7 @@ class SpanScheduler:
             value = schedule(step)
             try:
                 scales[name] = _scale(self._base[name], value)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(
                     f"the schedule of layer {name!r} at step {step}: {error}"
                 ) from error

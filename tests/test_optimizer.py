@@ -470,6 +470,43 @@ def test_detach_gives_model_and_optimizer_back(batch):
     train(model, optimizer)  # the detached wrapper goes on as the bare optimizer
 
 
+def test_a_shallow_copy_shares_groups_state_and_hooks_as_a_bare_copy_does(model):
+    optimizer = wrap(model)
+    train(model, optimizer)
+    copied = copy.copy(optimizer)
+    assert type(copied) is SpanScaledOptimizer
+    assert copied.optimizer is not optimizer.optimizer
+    assert copied.state is optimizer.state
+    assert copied.param_groups is optimizer.param_groups
+    copied.step()  # the gradients that are there are of no new backward pass
+    copied.span_groups[0]["parallel"] = 3.0
+    assert optimizer.span_groups[0]["parallel"] == 3.0
+    other = Decoder()
+    other.load_state_dict(model.state_dict())
+    reference = wrap(other)
+    reference.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert equal(train(model, copied), train(other, reference))
+
+
+def test_the_hooks_stay_until_the_last_shallow_copy_is_dropped(model):
+    optimizer = wrap(model)
+    copied = copy.copy(optimizer)
+    del optimizer
+    gc.collect()
+    train(model, copied)
+    assert any(module._forward_hooks for module in model.modules())
+    del copied
+    gc.collect()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_print_shows_the_scales_in_force_when_an_entry_was_replaced(model):
+    optimizer = wrap(model)
+    shown = str(optimizer)
+    optimizer.span_groups[0] = {"name": "made up"}
+    assert str(optimizer) == shown
+
+
 def test_a_dropped_optimizer_leaves_the_model_clean(model):
     before = snapshot(model)
     optimizer = wrap(model)

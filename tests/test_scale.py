@@ -177,3 +177,12 @@ def test_values_inside_a_group_cannot_be_changed_behind_its_back():
     for value in (group["parallel"], group["query"], group["query"][0]):
         with pytest.raises(TypeError, match="item assignment"):
             value[0] = 5.0
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_a_number_that_no_float_holds_is_not_finite(value):
+    with pytest.raises(ValueError, match="violation must be finite"):
+        SpanScale(violation=value)
+    group = SpanGroup("attn", SpanScale(2.0, 1.0))
+    with pytest.raises(ValueError, match="attn: parallel must be finite"):
+        group["parallel"] = value

@@ -2171,3 +2171,13 @@ def test_a_softmax_of_something_else_beside_a_product_makes_no_layer_attention()
     with attach(model, {"*": (2.0, 0.5)}) as hooks:
         model(x).sum().backward()
         hooks.check()
+
+
+@pytest.mark.parametrize("scales", [(2.0, 1.0), ([2.0] * H, 1.0)], ids=["one", "per head"])
+def test_a_model_on_the_meta_device_runs_forward_and_backward(scales):
+    with torch.device("meta"):
+        model = ByHand(lambda q, k: (q @ k.mT).softmax(-1))
+        x = torch.randn(B, N, H * D)
+    with attach(model, {"*": scales}):
+        model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())

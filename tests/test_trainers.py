@@ -686,6 +686,8 @@ def test_what_lightning_puts_before_the_wrapper_saves_loads_and_detaches_as_it()
     assert [group["name"] for group in state["span_groups"]] == [""]
     assert len(fired) == 2
     front.load_state_dict(state)
+    assert str(front) == repr(front) == repr(optimizer)
+    assert copy.copy(front).param_groups is front.param_groups
     assert front.detach() is optimizer.optimizer
     assert "detached" in repr(optimizer)
     assert not model._forward_hooks
