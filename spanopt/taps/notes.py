@@ -65,7 +65,7 @@ class Notes(Generic[_T]):
     def close(self) -> None:
         """Take the notes off the tensors that are left."""
         self._traced.clear()
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return
         for reference in self._noted:
             x = reference()

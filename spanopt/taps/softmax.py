@@ -563,7 +563,8 @@ def _softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     tap.site.takes_softmax = True
     scores = _scores(tap, args[0]) if args else None
     if scores is None:
-        if tap.multiplied and args and tap.streams().may_be_of_scores(args[0]):
+        may_be = tap.multiplied and args and tap.streams().may_be_of_scores(args[0])
+        if may_be and tap.is_live():
             tap.lost = True
             _note_where_lost(tap, args[0])
         return func(*args, **kwargs)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,8 +20,6 @@ from torch.overrides import (
     _pop_mode,
     _push_mode,
 )
-from torch.utils.checkpoint import CheckpointFunction
-from torch.utils.checkpoint import __file__ as _CHECKPOINT_FILE
 
 from spanopt.errors import unclear_mask
 from spanopt.node import Method, span_node, uniform_node
@@ -31,6 +31,14 @@ from spanopt.taps.graph import Trail
 from spanopt.taps.masks import NotedMasks, Read, Verdict, can_be_read, judge
 from spanopt.taps.notes import Notes
 from spanopt.taps.real import Tokens, real_tokens
+from spanopt.taps.running import (
+    calling_frame,
+    calls_of,
+    is_checkpointed,
+    is_over,
+    place_in,
+    traced_place_in,
+)
 from spanopt.taps.streams import Streams
 from spanopt.taps.watcher import Watched, Watcher, watch_node
 
@@ -188,7 +196,10 @@ class Call:
 
     Attributes:
         tap: The layer's tap.
+        name: The tap's ``unique_name``.
         outer: The watched call that this one is made in.
+        frame: Where the call runs; ``None`` where it was entered by compiled code.
+        at: The place in that frame's code, see :func:`~spanopt.taps.running.calling_frame`.
         given: The real tokens of queries and keys, as :func:`spanopt.token_mask` gives them.
         streams: Which tensors were computed from which of the layer's inputs.
         scores: What the softmax tap knows of tensors.
@@ -199,14 +210,25 @@ class Call:
         self, tap: Tap, outer: Call | None, arguments: Any, given: GivenTokens = None
     ) -> None:
         self.tap = tap
+        self.name = tap.unique_name
         self.outer = outer
+        self.frame: FrameType | None = None
+        self.at = 0
+        if not torch.compiler.is_compiling():
+            self.frame, self.at = calling_frame()
         self.given = given
         self.streams = Streams(arguments)
         self.scores: Notes[Any] = Notes()
         self.trail = Trail()
 
+    def is_over(self) -> bool:
+        """Return whether an exception has ended the call and its hooks were not told."""
+        return is_over(self.frame, self.at)
+
     def close(self) -> None:
-        """Leave nothing on the tensors."""
+        """Leave nothing on the tensors, and let go of the frame."""
+        if not torch.compiler.is_dynamo_compiling():
+            self.frame = None
         self.streams.close()
         self.scores.close()
         self.trail.close()
@@ -239,6 +261,8 @@ class _Thread(threading.local):
 
 thread = _Thread()
 live_taps: weakref.WeakSet[Tap] = weakref.WeakSet()
+_named: weakref.WeakValueDictionary[str, Tap] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 class Tap(TorchFunctionMode):
@@ -246,6 +270,7 @@ class Tap(TorchFunctionMode):
 
     Attributes:
         site: The layer.
+        unique_name: A name that no other tap of the process has, for compiled code.
         query: Scales of the query side. Replaced, never changed in place, when the user edits them:
             a backward pass under way keeps those of its forward pass.
         key: Scales of the key side.
@@ -276,6 +301,7 @@ class Tap(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.site = site
+        self.unique_name = f"tap {next(_numbers)}"
         self.method = method
         self.seen = False
         self.entered = False
@@ -296,6 +322,7 @@ class Tap(TorchFunctionMode):
         self.checkpoints = False
         self.set_scale(scale)
         live_taps.add(self)
+        _named[self.unique_name] = self
 
     def set_scale(self, scale: SpanScale) -> None:
         """Take other scales, from the next forward pass on.
@@ -339,7 +366,9 @@ class Tap(TorchFunctionMode):
                 and there were several forward passes of which it could be the one.
         """
         given = (thread.tokens or {}).get(self.site.name)
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            _traced_place(self.unique_name)
+        else:
             remove_stale(self)
             if torch._C._current_graph_task_id() == -1:  # no backward pass is under way
                 self._remember(given)
@@ -353,7 +382,7 @@ class Tap(TorchFunctionMode):
 
     def pass_by(self) -> None:
         """Note that the layer runs without gradients, perhaps for the first of two times."""
-        if _is_checkpointed():
+        if is_checkpointed():
             self._remember((thread.tokens or {}).get(self.site.name))
 
     def _remember(self, given: GivenTokens) -> None:
@@ -393,8 +422,8 @@ class Tap(TorchFunctionMode):
     def current_call(self) -> Call | None:
         """Return the innermost call of the layer that is watched in this thread."""
         call = thread.calls.innermost
-        # Traced code is never stale, and Dynamo does not always know a tap for itself again.
-        while call is not None and not torch.compiler.is_compiling() and call.tap is not self:
+        # By name: Dynamo does not always know a tap for itself again.
+        while call is not None and call.name != self.unique_name:
             call = call.outer
         return call
 
@@ -420,7 +449,7 @@ class Tap(TorchFunctionMode):
         if func is Tensor.unflatten:
             func = _unflatten
         call = self.current_call()
-        if thread.busy or call is None:
+        if thread.busy or call is None or call.is_over():
             return func(*args, **kwargs)
         thread.busy = True
         try:
@@ -435,20 +464,18 @@ class Tap(TorchFunctionMode):
         return result
 
     def is_live(self) -> bool:
-        """Whether the layer is running, so that calls are its own."""
-        self.checkpoints = live = False
-        if torch.compiler.is_compiling() or self.removed:
-            return not self.removed
-        checkpoints = False
-        for name, owner in _forwards():
-            if not live and hasattr(owner, "compile_subgraph_reason"):
-                return False  # its nodes were put in when it was traced
-            live = live or owner is self.site.module
-            if owner is self.site.module and "_call_impl" in name:
-                self.checkpoints = checkpoints
-                return True
-            checkpoints = checkpoints or name == "checkpoint"
-        return live
+        """Return whether the caller's computation is that of the layer, which is running."""
+        self.checkpoints = False
+        call = self.current_call()
+        if self.removed or call is None or call.is_over():
+            return False
+        if torch.compiler.is_compiling():
+            place = _traced_place(self.unique_name)
+            if place >= _OUTSIDE_PERHAPS and call.frame is None:
+                torch._dynamo.graph_break()  # the code may be run elsewhere: each time look anew
+            return place in (_INSIDE, _INSIDE_PERHAPS)
+        inside, self.checkpoints = place_in(self.site.module, call.frame)
+        return inside
 
     def keeping(self) -> AbstractContextManager[Any]:
         """Return a context for making nodes, in which they keep themselves what they save.
@@ -727,14 +754,50 @@ def remove_stale(entering: Tap | None = None) -> None:
     Args:
         entering: A tap whose layer is being called and that is not on the stack for it yet.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return
+    _watch_compilations()
     stack = _get_current_function_mode_stack()
     for tap in {mode for mode in stack if isinstance(mode, Tap)}:
-        running = 0 if tap.removed else _calls_of(tap.site.module) - (tap is entering)
+        running = 0 if tap.removed else calls_of(tap.site.module) - (tap is entering)
         for _ in range(stack.count(tap) - max(running, 0)):
             tap.forget_call()
             _take_out(tap)
+
+
+def _watch_compilations() -> None:
+    """Have stale taps taken off before anything is compiled, which would else trace them.
+
+    ``torch.compiler.reset`` takes this off again, so it is done whenever a layer is entered.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo.callback")
+    if dynamo is not None and _before_compilation not in dynamo.callback_handler.start_callbacks:
+        dynamo.callback_handler.register_start_callback(_before_compilation)
+
+
+def _before_compilation(*args: Any) -> None:
+    remove_stale()
+
+
+def _traced_place(unique_name: str) -> int:
+    """Return what a tap must know of what is being traced: one of the numbers below.
+
+    A helper of :meth:`Tap.is_live`, which ``torch.compile`` calls as it traces it.
+    """
+    _watch_compilations()
+    tap = _named.get(unique_name)
+    if tap is None:
+        return _OUTSIDE
+    inside, whole, known = traced_place_in(tap.site.module)
+    if not whole and not known:
+        return _INSIDE_PERHAPS if inside else _OUTSIDE_PERHAPS
+    return _INSIDE if inside else _OUTSIDE
+
+
+_OUTSIDE, _INSIDE, _OUTSIDE_PERHAPS, _INSIDE_PERHAPS = range(4)
+
+# As of torch.compiler.assume_constant_result, which imports the compiler.
+_traced_place._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _take_out(tap: Tap) -> None:
@@ -746,16 +809,6 @@ def _take_out(tap: Tap) -> None:
         above.append(mode)
     for mode in reversed(above):
         _push_mode(mode)
-
-
-def _calls_of(module: nn.Module) -> int:
-    """Return how many calls of the module this thread is inside of."""
-    calls, forwards = 0, 0
-    for name, owner in _forwards():
-        if owner is module:
-            calls += "_wrapped_call_impl" in name
-            forwards += 1
-    return calls or min(forwards, 1)
 
 
 def _may_carry_gradient(value: Any) -> bool:
@@ -786,33 +839,6 @@ def _are_same(a: GivenTokens, b: GivenTokens) -> bool:
         return a is b
     pairs = [(one or Tokens(), other or Tokens()) for one, other in zip(a, b, strict=True)]
     return all(x.mask is y.mask and x.documents is y.documents for x, y in pairs)
-
-
-def _is_checkpointed() -> bool:
-    """Return whether this thread is in a forward pass that will be repeated for the backward."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            # Without inputs that are trained nothing will be repeated.
-            return bool(frame.f_locals["ctx"].next_functions)
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-def _forwards() -> Iterator[tuple[str, Any]]:
-    """Yield name and module of the calls that this thread is inside of, innermost first.
-
-    Those are forward passes of modules, and activation checkpointing, which has no module.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        # By name: torch.compile replaces the code, and the name then only contains the old one.
-        name = frame.f_code.co_name
-        if "_call_impl" in name or "forward" in name:
-            yield name, frame.f_locals.get("self")
-        elif name == "checkpoint" and frame.f_code.co_filename == _CHECKPOINT_FILE:
-            yield name, None
-        frame = frame.f_back  # type: ignore[assignment]
 
 
 Handler: TypeAlias = Callable[..., Any]

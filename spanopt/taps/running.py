@@ -1,0 +1,221 @@
+"""Which layer is running: the only file that walks Python frames."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.checkpoint import __file__ as _CHECKPOINT_FILE
+
+__all__ = [
+    "Place",
+    "calling_frame",
+    "calls_of",
+    "is_checkpointed",
+    "is_over",
+    "is_own",
+    "place_in",
+    "traced_place_in",
+]
+
+_CALL: CodeType = nn.Module._call_impl.__code__
+
+
+class Place(NamedTuple):
+    """Where code runs, seen from a layer.
+
+    Attributes:
+        inside: The layer's forward pass is on this thread's stack, and no module of another model
+            lies between.
+        repeated: Activation checkpointing lies between. Backward will run this part again without
+            the layer, so its nodes must keep what they save.
+    """
+
+    inside: bool
+    repeated: bool = False
+
+
+def calling_frame() -> tuple[FrameType | None, int]:
+    """Return the frame of the module call whose hook is running, and where it is in its code.
+
+    A frame that an exception has left is no longer at that place: ``Module._call_impl`` catches
+    every exception and raises it again. ``None`` where it is another function that calls the hook,
+    or that function as ``torch.compile`` has rewritten it, which catches none.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(6):
+        if frame is None:
+            break
+        if frame.f_code is _CALL:
+            return frame, frame.f_lasti
+        frame = frame.f_back
+    return None, 0
+
+
+def is_over(frame: FrameType | None, at: int) -> bool:
+    """Return whether an exception is known to have left a frame of :func:`calling_frame`.
+
+    ``torch.compile`` makes a guard of this. So code that it compiled for a layer that was running
+    is not taken for one that is not.
+    """
+    return frame is not None and frame.f_lasti != at
+
+
+def place_in(module: nn.Module, frame: FrameType | None = None) -> Place:
+    """Return where the caller runs, seen from a layer.
+
+    Args:
+        module: The layer.
+        frame: That of its innermost call, if it is known.
+    """
+    repeated = forward = False
+    known: nn.Module | None = module
+    for name, owner, at in _frames():
+        if owner is module:
+            if at is frame or (frame is None and "_call_impl" in name):
+                return Place(True, repeated)
+            forward = forward or (frame is None and "forward" in name)
+        elif owner is None:
+            repeated = True
+        elif owner is not known and not forward:
+            if not is_own(owner, module):
+                return Place(False)
+            known = owner
+    return Place(forward)
+
+
+def is_own(other: nn.Module, layer: nn.Module) -> bool:
+    """Return whether what a module computes inside a layer is the layer's own computation.
+
+    It is for the layer and what it contains, for modules that have no parameters but the layer's,
+    and for those that contain the layer. A graph that ``torch.compile`` made has its nodes in it.
+    """
+    if hasattr(other, "compile_subgraph_reason"):
+        return False
+    if any(part is other for part in layer.modules()):
+        return True
+    own = set(layer.parameters())
+    if all(parameter in own for parameter in other.parameters()):
+        return True
+    return any(part is layer for part in other.modules())
+
+
+def calls_of(module: nn.Module) -> int:
+    """Return how many calls of the module this thread is inside of."""
+    calls, forwards = 0, 0
+    for name, owner, _ in _frames():
+        if owner is module:
+            calls += "_wrapped_call_impl" in name
+            forwards += "_call_impl" in name or "forward" in name
+    return calls or min(forwards, 1)
+
+
+def is_checkpointed() -> bool:
+    """Return whether this thread is in a forward pass that will be repeated for the backward."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            # Without inputs that are trained nothing will be repeated.
+            return bool(frame.f_locals["ctx"].next_functions)
+        frame = frame.f_back
+    return False
+
+
+def _frames() -> Iterator[tuple[str, nn.Module | None, FrameType | None]]:
+    """Yield function name and module of what this thread is inside of, innermost first.
+
+    Those are methods of modules, and activation checkpointing, which has no module. Where
+    ``torch.compile`` traces, what is being traced comes first, without frames.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    traced: Any = None
+    while frame is not None:
+        # By name: torch.compile replaces the code, and the name then only contains the old one.
+        code = frame.f_code
+        name = code.co_name
+        if code.co_argcount and code.co_varnames[0] == "self":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module):
+                yield name, owner, frame
+            elif owner is not traced and hasattr(owner, "symbolic_locals"):
+                traced = owner
+                yield from _traced(owner)
+        elif name == "checkpoint" and code.co_filename == _CHECKPOINT_FILE:
+            yield name, None, frame
+        frame = frame.f_back
+
+
+def _traced(translator: Any) -> Iterator[tuple[str, nn.Module | None, FrameType | None]]:
+    """Yield the same of a frame that ``torch.compile`` is tracing."""
+    owner = getattr(_variable_of_self(translator), "value", None)
+    if isinstance(owner, nn.Module):
+        yield translator.f_code.co_name, owner, None
+
+
+def _variable_of_self(translator: Any) -> Any:
+    """Return what ``torch.compile`` knows of ``self`` in a frame that it is tracing."""
+    variable = translator.symbolic_locals.get("self")
+    return getattr(variable, "_cache", variable)  # of a variable that is not looked at yet
+
+
+class TracedPlace(NamedTuple):
+    """Where code runs that ``torch.compile`` is tracing, seen from a layer.
+
+    Attributes:
+        inside: As in :class:`Place`.
+        whole: The layer's call is being traced too. Otherwise it runs uncompiled and calls what is
+            being traced.
+        known: The compiled code will be run in this place only, or it may not break.
+    """
+
+    inside: bool
+    whole: bool
+    known: bool
+
+
+def traced_place_in(module: nn.Module) -> TracedPlace:
+    """Return where the code runs that is being traced, seen from a layer.
+
+    Args:
+        module: The layer.
+    """
+    inside = place_in(module).inside
+    translators = _translators()
+    if any(
+        "_call_impl" in name and owner is module
+        for translator in translators
+        for name, owner, _ in _traced(translator)
+    ):
+        return TracedPlace(inside, True, True)
+    whole = translators[-1] if translators else None
+    variable: Any = None if whole is None else _variable_of_self(whole)
+    if isinstance(getattr(variable, "value", None), nn.Module):
+        from torch._dynamo.guards import GuardBuilder, install_guard
+
+        # A method of a module: as one of another module it may be called elsewhere.
+        install_guard(variable.source.make_guard(GuardBuilder.ID_MATCH))
+        return TracedPlace(inside, False, True)
+    can_break = not (getattr(whole, "one_graph", True) or _forbids_breaks(translators))
+    return TracedPlace(inside, False, not can_break)
+
+
+def _forbids_breaks(translators: list[Any]) -> bool:
+    return any(getattr(x, "error_on_graph_break", False) for x in translators)
+
+
+def _translators() -> list[Any]:
+    """Return what traces the frames that ``torch.compile`` is tracing, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    found: list[Any] = []
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] == "self":
+            owner = frame.f_locals.get("self")
+            if hasattr(owner, "symbolic_locals") and not any(owner is x for x in found):
+                found.append(owner)
+        frame = frame.f_back
+    return found
