@@ -36,7 +36,7 @@ from torch.optim import SGD
 
 from spanopt import SpanScale, SpanScaledOptimizer, attach, token_mask
 from spanopt.taps import masks as rule
-from spanopt.taps import tap
+from spanopt.taps import once, tap
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*mismatched key_padding_mask and attn_mask.*")
 
@@ -431,7 +431,7 @@ def test_layers_that_share_a_mask_read_it_once(monkeypatch):
     read = []
     model = nn.ModuleList(Model(Attention(sdpa)) for _ in range(3)).double()
     x, _ = inputs(CASES["right"].sample)
-    monkeypatch.setattr(rule, "allowed", lambda mask: read.append(mask) or mask)
+    monkeypatch.setattr(once, "allowed", lambda mask: read.append(mask) or mask)
     with attach(model, SCALE):
         for layer in model:
             x = layer(x, CASES["right"].sample.allowed)

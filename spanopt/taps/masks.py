@@ -7,26 +7,22 @@ for padding only what nothing contradicts, and says so where nothing tells.
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "NotedMasks",
     "Read",
     "Shown",
     "Verdict",
     "allowed",
     "allowed_by_fill",
     "both",
+    "can_be_read",
     "judge",
-    "padding_masks",
     "read",
-    "read_mask",
     "transposed",
 ]
 
@@ -140,39 +136,6 @@ def read(allowed: Tensor, ndim: int) -> Read:
     return (Shown(rows, columns, square, above, below),)
 
 
-class _Last(threading.local):
-    """The mask that was read last in this thread: all layers of a model often share one."""
-
-    def __init__(self) -> None:
-        self.mask: Callable[[], Tensor | None] = lambda: None
-        self.key: tuple[int, int] | None = None
-        self.read: Read = ()
-
-
-_last = _Last()
-
-
-def read_mask(mask: Tensor, ndim: int) -> Read:
-    """Return what a mask shows; at once where the layer before was given the same mask.
-
-    Args:
-        mask: As for :func:`allowed`.
-        ndim: Number of dimensions of the scores.
-
-    Example:
-        >>> mask = torch.tensor([[[[True, False]]]])
-        >>> read_mask(mask, 4) is read_mask(mask, 4)
-        True
-    """
-    if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_inference():
-        return read(allowed(mask), ndim)
-    key = mask._version, ndim
-    if _last.mask() is not mask or _last.key != key:
-        _last.read = read(allowed(mask), ndim)
-        _last.mask, _last.key = weakref.ref(mask), key
-    return _last.read
-
-
 def can_be_read(x: Tensor) -> bool:
     """Return whether the values of a tensor can be read now without waiting for a device."""
     eager = not torch.compiler.is_compiling() and type(x) is Tensor
@@ -231,7 +194,7 @@ def judge(
         n: Number of queries.
         m: Number of keys.
         self_attention: Whether queries and keys are the same tokens.
-        padding: Masks from :func:`padding_masks`.
+        padding: Padding masks that the model was called with, see :mod:`spanopt.taps.padding`.
 
     Returns:
         The verdict; ``None`` where no mask closes anything.
@@ -343,54 +306,3 @@ def _repeated(x: Tensor, rows: int) -> Tensor:
 def _and(a: Tensor, b: Tensor) -> Tensor:
     rows = max(len(a), len(b))
     return _repeated(a, rows) & _repeated(b, rows)
-
-
-# Parts of names that arguments have which are padding masks by the custom of the field.
-_PADDING = ("pad", "attention_mask", "attn_mask")
-_MASKS = frozenset(
-    f"{of}mask"
-    for of in ("", "input_", "src_", "source_", "tgt_", "target_", "encoder_", "decoder_", "pixel_")
-) | frozenset(f"{of}mask" for of in ("text_", "token_", "sequence_", "seq_", "valid_", "key_"))
-
-
-def is_padding_name(name: str) -> bool:
-    """Return whether an argument of this name is a padding mask if its shape is (batch, length).
-
-    Example:
-        >>> is_padding_name("src_key_padding_mask"), is_padding_name("loss_mask")
-        (True, False)
-    """
-    return any(part in name for part in _PADDING) or name in _MASKS
-
-
-class NotedMasks:
-    """The padding masks in the last call of a module.
-
-    Attributes:
-        masks: From :func:`padding_masks`.
-    """
-
-    def __init__(self) -> None:
-        self.masks: list[Tensor] = []
-
-
-def padding_masks(arguments: Iterable[tuple[str, object]]) -> list[Tensor]:
-    """Return the padding masks among the arguments of a module.
-
-    Args:
-        arguments: Their names and values.
-
-    Returns:
-        Those of the shape ``(batch, length)`` whose name is usual for a padding mask.
-
-    Example:
-        >>> import torch
-        >>> mask = torch.ones(2, 5)
-        >>> len(padding_masks([("attention_mask", mask), ("x", mask)]))
-        1
-    """
-    return [
-        x.detach()
-        for name, x in arguments
-        if isinstance(x, Tensor) and x.ndim == 2 and is_padding_name(name)
-    ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spanopt.taps.masks import NotedMasks, is_padding_name, padding_masks
+from spanopt.taps.padding import NotedMasks, is_padding_name, padding_masks
 from spanopt.taps.projection import Projection, ProjectionTap
 from spanopt.taps.tap import Tap, thread
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spanopt.taps.masks import read_mask
+from spanopt.taps.once import read_once
 from spanopt.taps.tap import Tap, other_sides
 
 __all__ = ["HANDLERS"]
@@ -29,7 +29,7 @@ def _scaled_dot_product_attention(
         tap.observe(query, key, "score")
         _check_groups(tap, query, key, kwargs.get("enable_gqa", False))
         if tap.projects(query, key):
-            seen = () if attn_mask is None else read_mask(attn_mask, query.ndim)
+            seen = () if attn_mask is None else read_once(attn_mask, query.ndim)
             same = query.shape[-2] == key.shape[-2] and tap.is_self_attention(query, key)
             queries, keys = tap.tokens(query, key, seen, same)
             of_query, of_key = other_sides(tap.method.setup, tap.site.name, query, key)

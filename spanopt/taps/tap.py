@@ -28,8 +28,10 @@ from spanopt.setups import NEED_OTHER, SETUPS
 from spanopt.shards import is_context_parallel, is_spread
 from spanopt.sites import AttentionSite
 from spanopt.taps.graph import Trail
-from spanopt.taps.masks import NotedMasks, Read, Verdict, can_be_read, judge
+from spanopt.taps.masks import Read, Verdict, can_be_read
 from spanopt.taps.notes import Notes
+from spanopt.taps.once import judge_once
+from spanopt.taps.padding import NotedMasks
 from spanopt.taps.real import Tokens, real_tokens
 from spanopt.taps.running import (
     calling_frame,
@@ -599,8 +601,10 @@ class Tap(TorchFunctionMode):
         """
         if not read:
             return None
-        masks = [mask for noted in self.noted for mask in noted.masks]
-        verdict = judge(read, n, m, self_attention=self_attention, padding=masks)
+        masks: list[Tensor] = []
+        for noted in self.noted:
+            masks += [x for x in noted.masks if not any(x is other for other in masks)]
+        verdict = judge_once(read, n, m, self_attention, masks)
         if verdict is None:
             return None
         if not self.query.projects() and not self.key.projects():
@@ -737,7 +741,12 @@ class Tap(TorchFunctionMode):
 
 def _counter(device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # it outlives such a block
-        return torch.zeros(1, dtype=torch.int64, device=device)
+        counter: Any = torch.zeros(1, dtype=torch.int64, device=device)
+    # As of torch._dynamo.mark_static_address, whose import takes seconds: CUDA graphs take inputs
+    # that change in place only at addresses that do not.
+    counter._dynamo_static_input_type = "unguarded"
+    result: Tensor = counter
+    return result
 
 
 def _unflatten(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
