@@ -5,7 +5,7 @@ INPUTS := pyproject.toml constraints.txt
 # Two notices of the theme about the future of mkdocs, which is pinned here, are left out.
 SITE := NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true .venv/bin/mkdocs
 
-.PHONY: demo test soak docs serve-docs models-table study study-quick evidence bench performance package lint clean
+.PHONY: demo test soak conformance docs serve-docs models-table study study-quick evidence bench performance package lint clean
 
 demo: .venv/demo.stamp
 	.venv/bin/python examples/train_text.py $(ARGS)
@@ -16,6 +16,10 @@ test: .venv/test.stamp
 # The long runs and the fuzzing, of which `make test` does a short part: 15 to 25 minutes.
 soak: .venv/test.stamp
 	.venv/bin/python -m pytest -n 2 --soak tests/test_soak.py tests/test_fuzz.py $(ARGS)
+
+# The own optimizer tests of PyTorch or torch-optimizer, wrapped: make conformance CHECKOUT=path
+conformance: .venv/test.stamp
+	.venv/bin/python -m pytest tests/conformance $(if $(CHECKOUT),--checkout $(CHECKOUT)) -rs $(ARGS)
 
 # The site, into site/; warnings are errors. `make serve-docs` shows it while it is written.
 docs: .venv/docs.stamp

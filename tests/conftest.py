@@ -11,6 +11,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="all of the long runs, not a part of each")
+    parser.addoption("--checkout", metavar="PATH", help="of PyTorch or torch-optimizer: its tests")
     parser.addoption("--models-table", metavar="FILE", help="write what was tested of models here")
 
 
