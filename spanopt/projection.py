@@ -374,7 +374,7 @@ def inverse_power(x: Tensor) -> Tensor:
 
 def _full_precision(device_type: str) -> AbstractContextManager[Any]:
     """Keep autocast from sending matrix products to half precision."""
-    if torch.amp.is_autocast_available(device_type):
+    if _has_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
@@ -426,12 +426,21 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.compiler.assume_constant_result
 def _matmul_eps(dtype: torch.dtype) -> float:
     """Rounding unit of a matrix product of this dtype, as the user's settings allow it."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and _float32_products_are_shortened():
         return 2.0**-10
     return torch.finfo(dtype).eps
+
+
+@torch.compiler.assume_constant_result  # torch 2.6 does not trace it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+@torch.compiler.assume_constant_result  # a bool: torch 2.6 takes no float for a constant here
+def _float32_products_are_shortened() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def _per_head(factor: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -443,7 +452,7 @@ def _check(basis: Tensor, x: Tensor, ridge: float | None, mask: Tensor | None) -
     for name, tensor in (("basis", basis), ("gradient", x)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"the {name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
+        if not tensor.dtype.is_floating_point:  # torch 2.6 traces no tensor.is_*() in a backward
             raise TypeError(f"the {name} must be real floating point, got {tensor.dtype}")
         if not torch.compiler.is_compiling() and tensor.layout != torch.strided:
             raise TypeError(f"the {name} must be a dense tensor, got {tensor.layout}")

@@ -33,7 +33,7 @@ _transparent = types.FunctionType(
     F.multi_head_attention_forward.__defaults__,
 )
 
-_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+_ARGUMENTS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 _SOURCES = (
     "query",
     "key",
@@ -49,7 +49,7 @@ _SOURCES = (
 def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     if not tap.is_live():
         return func(*args, **kwargs)
-    bound = _SIGNATURE.bind(*args, **kwargs).arguments
+    bound = {**dict(zip(_ARGUMENTS[: len(args)], args, strict=True)), **kwargs}
     query, key, heads = bound["query"], bound["key"], bound["num_heads"]
     sources = _sources(bound)
     tap.refuse(query=query, key=key)
