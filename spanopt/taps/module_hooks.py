@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -110,8 +111,14 @@ def drop_inert(module: nn.Module) -> None:
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
+@torch.compiler.assume_constant_result  # traced, it reads true in any compilation before torch 2.11
 def _is_exporting() -> bool:
-    return getattr(torch.compiler, "is_exporting", bool)()
+    """Return whether ``torch.export`` runs the layer, and not ``torch.compile``."""
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    dynamo: Any = sys.modules.get("torch._dynamo.symbolic_convert")  # torch 2.6
+    tracer = None if dynamo is None else getattr(dynamo.tls, "current_tx", None)
+    return torch.compiler._is_compiling_flag or (tracer is not None and tracer.export)
 
 
 def _inert(*args: Any) -> None:
