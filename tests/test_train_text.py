@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
+import importlib
+import io
 import json
 import math
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +21,11 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_text.py"
+sys.path.insert(0, str(SCRIPT.parent))  # as for a script
+train_text = importlib.import_module("train_text")
+results, resuming, texts = (
+    importlib.import_module(f"text_demo.{name}") for name in ("results", "resuming", "texts")
+)
 TINY = (
     *("--width", "12", "--heads", "2", "--layers", "1", "--length", "16", "--batch", "4"),
     *("--threads", "1", "--seeds", "2", "--steps", "12", "--eval-every", "4"),
@@ -37,19 +46,9 @@ def deadly(*args):
     return result
 setattr(os, name, deadly)
 sys.argv = sys.argv[4:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_text", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_text"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-train_text = load_script()
 
 
 @pytest.fixture(autouse=True)
@@ -93,16 +92,16 @@ def contents(folder):
 
 
 def test_default_text_is_long_enough_and_split_by_position():
-    train, validation = train_text.default_text()
+    train, validation = texts.default_text()
     assert len(train) > 200_000
     assert len(validation) == pytest.approx(len(train) / 9, rel=0.01)
-    data = train_text.encode(train, validation, length=128)
+    data = texts.encode(train, validation, length=128)
     assert data.windows.shape == (64, 129)
     assert data.vocabulary == len(set(train + validation))
 
 
 def test_encoding_round_trips_and_the_parts_do_not_overlap():
-    data = train_text.encode("abcabcé" * 3, "aXYb" * 2, length=7)
+    data = texts.encode("abcabcé" * 3, "aXYb" * 2, length=7)
     alphabet = sorted(set("abcéXY"))
     assert "".join(alphabet[i] for i in data.train) == "abcabcé" * 3
     assert ["".join(alphabet[i] for i in window) for window in data.windows] == ["aXYb" * 2]
@@ -118,7 +117,7 @@ def test_a_hub_dataset_is_loaded_with_its_own_validation_split(monkeypatch):
 
     fake = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    assert train_text.dataset_text("wikitext-2") == ("train\ntext", "validation\ntext")
+    assert texts.dataset_text("wikitext-2") == ("train\ntext", "validation\ntext")
 
 
 # --- whole runs ----------------------------------------------------------------------------------
@@ -262,6 +261,127 @@ def test_a_damaged_checkpoint_is_refused(text, tmp_path, capsys):
     assert "cannot read" in capsys.readouterr().err
 
 
+def rewritten(path, change):
+    """Change the content of a checkpoint and give it the digest of what it is now."""
+    head = len(resuming.MAGIC) + 65
+    saved = torch.load(io.BytesIO(path.read_bytes()[head:]), weights_only=True)
+    change(saved)
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest().encode()
+    path.write_bytes(resuming.MAGIC + digest + b"\n" + buffer.getvalue())
+
+
+def assert_resuming_is_refused(text, out, capsys, part):
+    before = contents(out)
+    capsys.readouterr()
+    assert run_here(text, out, "--resume") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train_text.py: error: ")
+    assert error.count("\n") == 1
+    assert part in error
+    assert contents(out) == before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Give a text and the folder of a run that has ended, to copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "text.txt"
+    path.write_text("a text of words and more words " * 60, encoding="utf-8")
+    with torch.random.fork_rng():
+        assert run_here(path, folder / "out") == 0
+    return path, folder / "out"
+
+
+@pytest.fixture
+def run_of(finished, tmp_path):
+    text, out = finished
+    shutil.copytree(out, tmp_path / "out")
+    return text, tmp_path / "out"
+
+
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.9, 0.99])
+def test_a_flipped_bit_in_a_checkpoint_is_refused(run_of, capsys, place):
+    text, out = run_of
+    content = bytearray((out / "checkpoint.pt").read_bytes())
+    content[int(place * len(content))] ^= 1
+    (out / "checkpoint.pt").write_bytes(content)
+    assert_resuming_is_refused(text, out, capsys, "it is damaged (its digest is another)")
+
+
+@pytest.mark.parametrize("content", [b"", b"something else", b"PK\x03\x04" + bytes(200)])
+def test_a_file_that_is_no_checkpoint_is_refused(run_of, capsys, content):
+    text, out = run_of
+    (out / "checkpoint.pt").write_bytes(content)
+    assert_resuming_is_refused(text, out, capsys, "it is no checkpoint of this script")
+
+
+def swap_arms(saved):
+    saved["arms"] = dict(zip(("span", "plain"), saved["arms"].values(), strict=True))
+
+
+def change_state(saved):
+    saved["arms"]["plain"]["model"].popitem()
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (swap_arms, "its arms are swapped"),
+        (lambda saved: saved["arms"].pop("span"), "its arms are ['plain']"),
+        (lambda saved: saved["records"].clear(), "it has 0 seeds"),
+        (lambda saved: saved["records"].append(saved["records"][0]), "it has 3 seeds"),
+        (lambda saved: saved["records"][0]["steps"].pop(), "seed 0 ends at step 8"),
+        (lambda saved: saved["records"][0]["steps"].reverse(), "steps [12, 8, 4, 0]"),
+        (lambda saved: saved["records"][1]["losses"]["span"].pop(), "not one loss for each"),
+        (lambda saved: saved["records"][1].pop("losses"), "not one loss for each"),
+        (lambda saved: saved["records"][1].update(more=1), "not what a run writes"),
+        (lambda saved: saved.pop("records"), "it has no records"),
+        (change_state, "the checkpoint does not fit the arm plain"),
+    ],
+)
+def test_a_checkpoint_with_another_content_is_refused(run_of, capsys, change, part):
+    text, out = run_of
+    rewritten(out / "checkpoint.pt", change)
+    assert_resuming_is_refused(text, out, capsys, part)
+
+
+def test_symbolic_links_are_not_followed(run_of, tmp_path, capsys):
+    text, out = run_of
+    elsewhere = tmp_path / "elsewhere"
+    (out / "checkpoint.pt").rename(elsewhere)
+    (out / "checkpoint.pt").symlink_to(elsewhere)
+    assert_resuming_is_refused(text, out, capsys, "it is a symbolic link")
+    written = elsewhere.read_bytes()
+    other = tmp_path / "other"
+    other.write_text("of somebody else")
+    (out / "checkpoint.pt.tmp").symlink_to(other)
+    (out / "results.json.tmp").symlink_to(other)
+    assert run_here(text, out) == 0
+    assert elsewhere.read_bytes() == written
+    assert other.read_text() == "of somebody else"
+    assert not (out / "checkpoint.pt").is_symlink()
+    assert sorted(contents(out)) == ["checkpoint.pt", "curves.png", "results.json"]
+
+
+@pytest.mark.parametrize("size", [1000, 100_000], ids=["checkpoint", "picture"])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(text, tmp_path, capsys, size):
+    out = tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        assert run_here(text, out) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    error = capsys.readouterr().err
+    name = "checkpoint.pt" if size == 1000 else "curves.png"
+    assert error == f"train_text.py: error: cannot write {out / name}: File too large\n"
+    assert sorted(contents(out)) == ([] if size == 1000 else ["checkpoint.pt"])
+
+
 def test_without_resume_a_run_starts_afresh(text, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run_here(text, out, "--parallel", "3")
@@ -391,14 +511,14 @@ def test_an_output_folder_that_is_a_file_is_named(text, tmp_path, capsys):
     ],
 )
 def test_the_reading_follows_from_the_figures(plain, span, start, conclusive):
-    reading = train_text.read_result(plain, span)
+    reading = results.read_result(plain, span)
     assert reading.startswith(start)
     assert ("no conclusion" not in reading) == conclusive
     assert "\n" not in reading
 
 
 def test_the_reading_gives_the_figures():
-    reading = train_text.read_result([2.0, 2.0, 2.0], [1.98, 1.96, 1.94])
+    reading = results.read_result([2.0, 2.0, 2.0], [1.98, 1.96, 1.94])
     assert "in all 3 seeds" in reading
     assert "mean -2.00 %" in reading
     assert "seeds 1.00 %" in reading
@@ -406,7 +526,7 @@ def test_the_reading_gives_the_figures():
 
 
 def test_one_seed_says_nothing_about_spread():
-    assert "one seed says nothing about spread" in train_text.read_result([2.0], [1.0])
+    assert "one seed says nothing about spread" in results.read_result([2.0], [1.0])
 
 
 @pytest.mark.parametrize(
@@ -418,6 +538,6 @@ def test_one_seed_says_nothing_about_spread():
     ],
 )
 def test_divergence_leaves_nothing_to_compare(plain, span, named):
-    reading = train_text.read_result(plain, span)
+    reading = results.read_result(plain, span)
     assert reading.startswith("No comparison: ")
     assert named in reading
