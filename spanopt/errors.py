@@ -109,11 +109,11 @@ def not_scaled_since_step(
     return UnscaledLayerError(
         f"not scaled since the last step: layer{'s' if len(missing) > 1 else ''} "
         f"{', '.join(repr(site.name) for site in missing)} (scaled: {_listed(scaled)}). Q and K "
-        f"were not seen in a forward pass whose gradients came back. {_seen_in(ran)}If a layer was "
-        "skipped or is frozen on purpose, pass on_missing='warn' or 'ignore', or scale it with "
-        "None; if its forward was called directly, call the module instead; if it checkpoints its "
-        "attention with use_reentrant=True, use False, or checkpoint the layer as a whole; if its "
-        "attention is in a function with a backward of its own, it can't be seen there. "
+        f"were not seen in a forward pass with gradients. {_seen_in(ran)}If a layer was skipped or "
+        "is frozen on purpose, pass on_missing='warn' or 'ignore', or scale it with None; if its "
+        "forward was called directly, call the module instead; if it checkpoints its attention "
+        "with use_reentrant=True, use False, or checkpoint the layer as a whole; if its attention "
+        "is in a function with a backward of its own, it can't be seen there. "
         f"{_advice(missing, scaled)}"
     )
 

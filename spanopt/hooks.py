@@ -18,7 +18,6 @@ from spanopt.scale import SpanGroup, SpanScale, scales_of
 from spanopt.sites import AttentionSite, named_modules
 from spanopt.table import table
 from spanopt.taps import HANDLERS
-from spanopt.taps.missed import Projected
 from spanopt.taps.module_hooks import Enter, Leave, NoteMasks, Output, drop_inert, no_hook
 from spanopt.taps.projection import ProjectionTap
 from spanopt.taps.tap import Tap, remove_stale, thread
@@ -116,10 +115,6 @@ class SpanHooks:
             module.register_forward_pre_hook(Enter(tap), prepend=True, with_kwargs=True),
             module.register_forward_hook(Leave(tap), always_call=True),
         ]
-        projects_queries = tap.site.query_module()
-        if projects_queries is not None and not isinstance(tap, ProjectionTap):
-            drop_inert(projects_queries)
-            handles.append(projects_queries.register_forward_hook(Projected(tap)))
         if isinstance(tap, ProjectionTap):
             for projection in tap.projections:
                 drop_inert(projection.module)
@@ -180,9 +175,6 @@ class SpanHooks:
     def unseen(self) -> list[str]:
         """Return the scaled layers whose Q and K were not seen since :meth:`forget`.
 
-        A layer counts as unseen also if it was seen in one call and a gradient has come back from
-        another call in which it was not.
-
         Returns:
             Their names.
 
@@ -200,7 +192,7 @@ class SpanHooks:
                 "an entry of span_groups was replaced, added or removed, which scales nothing: "
                 "set the fields of the entries that are there"
             )
-        missing = [tap for tap in self._taps if tap.is_attention() and (tap.missed or not tap.seen)]
+        missing = [tap for tap in self._taps if tap.is_attention() and not tap.seen]
         if not missing and not any(tap.seen for tap in self._taps):
             missing = self._taps  # nothing at all was scaled, though layers may be attention
         return [tap.site.name for tap in missing]
@@ -216,7 +208,7 @@ class SpanHooks:
         for tap in self._taps:
             if tap.seen and tap.watcher is not None:
                 tap.watcher.ran(tap.site.name)
-            tap.seen = tap.missed = False
+            tap.seen = False
             tap.forget_tokens()
 
     def check(self) -> None:

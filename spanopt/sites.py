@@ -95,20 +95,6 @@ class AttentionSite:
         ]
         yield from named or self.module.parameters()
 
-    def query_module(self) -> nn.Module | None:
-        """Return the module inside the layer that projects its queries, ``None`` if no name tells.
-
-        Example:
-            >>> site, = find_attention(nn.MultiheadAttention(8, num_heads=2))
-            >>> print(site.query_module())  # it projects with a bare parameter
-            None
-        """
-        for name, module in self.module.named_modules():
-            words = {_normalised(part) for part in name.split(".")}
-            if words & (_QUERY | _FUSED) and next(module.parameters(), None) is not None:
-                return module
-        return None
-
     def __repr__(self) -> str:
         return (
             f"AttentionSite(name={self.name!r}, class={self.class_name}, tap={self.tap!r}, "

@@ -206,8 +206,6 @@ class Call:
         streams: Which tensors were computed from which of the layer's inputs.
         scores: What the softmax tap knows of tensors.
         trail: Where these tensors are in the autograd graph.
-        seen: Whether an attention call was made with gradients on.
-        projected: The autograd nodes that projected the queries.
     """
 
     def __init__(
@@ -224,8 +222,6 @@ class Call:
         self.streams = Streams(arguments)
         self.scores: Notes[Any] = Notes()
         self.trail = Trail()
-        self.seen = False
-        self.projected: list[Any] = []
 
     def is_over(self) -> bool:
         """Return whether an exception has ended the call and its hooks were not told."""
@@ -282,8 +278,6 @@ class Tap(TorchFunctionMode):
         key: Scales of the key side.
         seen: Set when an attention call was made with gradients on; the optimizer clears it after
             each step.
-        missed: Set in backward when the gradient of a call that no tap saw has passed; cleared with
-            ``seen``.
         entered: Set when the layer has run while taps watched.
         called: Set when any attention call was made.
         multiplied: Set in a call when activations were multiplied as queries and keys may be.
@@ -312,7 +306,6 @@ class Tap(TorchFunctionMode):
         self.unique_name = f"tap {next(_numbers)}"
         self.method = method
         self.seen = False
-        self.missed = False
         self.entered = False
         self.called = False
         self.multiplied = False
@@ -442,9 +435,6 @@ class Tap(TorchFunctionMode):
         if call is None:
             return
         call.close()
-        if not call.seen:
-            for node in call.projected:
-                self.watch_for_miss(node)
         if thread.calls.innermost is call:
             thread.calls.innermost = call.outer
             return
@@ -739,20 +729,6 @@ class Tap(TorchFunctionMode):
         site.query_length, site.key_length = lengths
         if torch.is_grad_enabled():
             self.seen = True
-            call = self.current_call()
-            if call is not None:
-                call.seen = True
-
-    def watch_for_miss(self, node: Any) -> None:
-        """Note a miss when a gradient comes back through a part of the graph that has no nodes.
-
-        Args:
-            node: The autograd node that projected the queries.
-        """
-        node.register_prehook(self._note_miss)
-
-    def _note_miss(self, _: Any) -> None:
-        self.missed = True
 
     def _check_heads(self, side: str, scale: SideScale, heads: int | None) -> None:
         if scale.factors.ndim > 1 and scale.factors.shape[1] != heads:
