@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spanopt.taps.axes import PLAIN, in_order, permuted, reshaped, tail, turned
+from spanopt.taps.softmax.axes import PLAIN, in_order, permuted, reshaped, tail, turned
 
 B, H, N, M = 2, 3, 6, 4
 

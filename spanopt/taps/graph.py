@@ -50,7 +50,7 @@ class Trail:
             layer: The layer. A part of the graph that TorchScript made counts as elementwise
                 where all TorchScript functions that the layer may run are.
         """
-        pending = [x.grad_fn]
+        pending = [x.grad_fn] if self._known else []
         while pending:
             node = pending.pop()
             if node is None:

@@ -1,0 +1,105 @@
+"""Softmax tap: attention written out by hand, as a product of Q and K that reaches a softmax.
+
+When two activations are multiplied nobody knows yet whether the product will be attention scores.
+So switched nodes are put on both, the product is followed through scaling, masking, casts and
+reshapes, and a softmax over it turns them on. What the softmax normalises over are the keys. A
+product that reaches no softmax, or by a way that is not followed, is left alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spanopt.taps.softmax.following import (
+    cat,
+    elementwise,
+    forget,
+    get,
+    getitem,
+    permute,
+    reshape,
+    signs,
+)
+from spanopt.taps.softmax.masking import add, masked_fill, setitem, sub, where
+from spanopt.taps.softmax.mixing import convolution, linear
+from spanopt.taps.softmax.products import bmm, einsum, matmul
+from spanopt.taps.softmax.switching import softmax
+from spanopt.taps.tap import Handler, Tap
+
+__all__ = ["HANDLERS"]
+
+# fmt: off
+_ELEMENTWISE = (
+    "mul", "mul_", "multiply", "div", "div_", "divide", "true_divide", "neg", "negative",
+    "__mul__", "__rmul__", "__imul__", "__truediv__", "__itruediv__", "__idiv__", "__rsub__",
+    "__neg__", "tanh", "tanh_", "clamp", "clamp_", "clip", "clamp_min", "clamp_max", "nan_to_num",
+    "max", "maximum", "min", "minimum", "dropout", "dropout_", "float", "half", "bfloat16",
+    "double", "type", "contiguous", "clone", "abs", "abs_", "absolute", "__abs__", "relu", "relu_",
+    "relu6", "leaky_relu", "elu", "gelu", "silu", "softplus", "sqrt", "square", "pow", "__pow__",
+    "log1p",
+)
+_RESHAPED = (
+    "view", "reshape", "expand", "unflatten", "flatten", "unsqueeze", "squeeze", "to", "type_as",
+    "view_as", "reshape_as", "expand_as",
+)
+
+
+# Arguments that may be given by name, in the order in which functions have them.
+_NAMES = (
+    "condition", "tensors", "input", "weight", "other", "mat2", "batch1", "batch2", "dims", "dim0",
+    "dim1", "axis0", "axis1", "mask", "value",
+)
+# fmt: on
+
+
+def _by_position(handler: Handler) -> Handler:
+    def handle(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+        named = [name for name in _NAMES if name in kwargs]
+        if named:
+            args = (*args, *(kwargs[name] for name in named))
+            kwargs = {name: x for name, x in kwargs.items() if name not in named}
+        return handler(tap, func, *args, **kwargs)
+
+    return handle
+
+
+def _with_scores(handler: Handler) -> Handler:
+    """Spare calls the handler as long as there are no scores, as where they are never seen."""
+
+    def handle(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+        call = tap.current_call()
+        if call is None or call.scores.is_empty():
+            return func(*args, **kwargs)
+        return handler(tap, func, *args, **kwargs)
+
+    return handle
+
+
+_BY_NAME: dict[str, Handler] = {
+    **dict.fromkeys(_ELEMENTWISE, elementwise),
+    **dict.fromkeys(_RESHAPED, reshape),
+    **dict.fromkeys(("sign", "sgn"), signs),
+    "linear": linear,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), convolution),
+    "__getitem__": getitem,
+    **dict.fromkeys(("matmul", "__matmul__", "__rmatmul__"), matmul),
+    **dict.fromkeys(("mm", "bmm", "baddbmm"), bmm),
+    "einsum": einsum,
+    **dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), add),
+    **dict.fromkeys(("sub", "sub_", "subtract", "__sub__", "__isub__"), sub),
+    **dict.fromkeys(("masked_fill", "masked_fill_"), masked_fill),
+    "where": where,
+    "__setitem__": setitem,
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims", "permute"), permute),
+    "__get__": get,
+    **dict.fromkeys(("transpose_", "swapaxes_", "swapdims_", "t_", "squeeze_"), forget),
+    **dict.fromkeys(("unsqueeze_", "resize_", "resize_as_", "copy_"), forget),
+    **dict.fromkeys(("cat", "concat", "concatenate"), cat),
+    "softmax": softmax,
+}
+# Where scores come from or are missed; the others only follow them.
+_SOURCES = (matmul, bmm, einsum, softmax)
+HANDLERS = {
+    name: _by_position(handler) if handler in _SOURCES else _with_scores(_by_position(handler))
+    for name, handler in _BY_NAME.items()
+}

@@ -1,0 +1,147 @@
+"""Products of two activations, where scores come from: matmul, bmm and einsum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spanopt.node import switched_node
+from spanopt.taps.masks import allowed
+from spanopt.taps.real import Tokens, by_document
+from spanopt.taps.softmax.equations import layouts_of, terms_of
+from spanopt.taps.softmax.masking import note_mask
+from spanopt.taps.softmax.mixing import mixed_by_einsum, mixed_by_product
+from spanopt.taps.softmax.scores import (
+    Operand,
+    Product,
+    Scores,
+    carry,
+    carry_product,
+    scores_of,
+)
+from spanopt.taps.tap import Tap, other_sides
+
+__all__ = ["bmm", "einsum", "matmul"]
+
+
+def matmul(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Multiply two activations with nodes on them, or mix the heads of scores."""
+    if len(args) != 2 or kwargs:
+        return func(*args, **kwargs)
+    left, right = args[::-1] if func is Tensor.__rmatmul__ else args
+    mixed = mixed_by_product(tap, left, right)
+    if mixed is not None:
+        return carry(tap, func(*args), mixed)
+    if not _may_be_attention(tap, left, right):
+        return func(*args)
+    x, y = _as_multiplied(left, right)
+    product = _product(tap, left, right, x, y.mT)
+    result = torch.matmul(product.left.node, product.right.node.mT)
+    return carry_product(tap, result, Scores((product,)))
+
+
+def _as_multiplied(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Make the copies that matmul makes and saves for backward, so that nodes save no others."""
+    if left.ndim < 4 or left.shape[:-2] != right.shape[:-2]:
+        return left, right
+    batch = left.shape[:-2].numel()
+    left, right = (x.reshape(batch, *x.shape[-2:]).view(x.shape) for x in (left, right))
+    return left, right
+
+
+def bmm(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Multiply two batches of matrices with nodes on them; a summand may be a mask."""
+    if len(args) < 2 or not _may_be_attention(tap, *args[-2:]):
+        return func(*args, **kwargs)
+    *bias, left, right = args
+    product = _product(tap, left, right, left, right.mT)
+    result = func(*bias, product.left.node, product.right.node.mT, **kwargs)
+    scores = Scores((product,))
+    carry_product(tap, result, scores)
+    if bias and kwargs.get("beta", 1) != 0:
+        note_mask(tap, result, allowed(bias[0]), bias[0])
+    return result
+
+
+def einsum(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Contract two activations with nodes on them, or mix the heads of scores."""
+    equation, *operands = args
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = list(operands[0])
+    terms = terms_of(equation, *operands) if len(operands) == 2 else None
+    if terms is None:
+        return func(*args, **kwargs)
+    left, right = operands
+    mixed = mixed_by_einsum(tap, terms, left, right)
+    if mixed is not None:
+        return carry(tap, func(*args, **kwargs), mixed)
+    layouts = layouts_of(*terms)
+    if layouts is None or not _may_be_attention(tap, left, right):
+        return func(*args, **kwargs)
+    of_left, of_right, axes = layouts
+    product = _product(tap, left, right, of_left.lay_out(left), of_right.lay_out(right))
+    nodes = of_left.lay_back(product.left.node, left), of_right.lay_back(product.right.node, right)
+    return carry_product(tap, func(equation, *nodes), Scores((product,), axes))
+
+
+def _may_be_attention(tap: Tap, left: Any, right: Any) -> bool:
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return False
+    for x in (left, right):
+        scores = scores_of(tap, x)
+        if scores is None:
+            continue
+        # The softmax's result, times the values; or scores, which are no queries. Queries may be a
+        # product themselves, such as one with a rotation, which no input is in.
+        if not scores.products or any(product.of_inputs for product in scores.products):
+            return False
+    if not tap.is_live():
+        return False
+    for x in (left, right):
+        if x.is_nested or x.layout != torch.strided:
+            tap.multiplied = True  # so that the layer is reported as one that was not scaled
+            return False
+    if not left.is_floating_point() or not right.is_floating_point():
+        return False
+    streams = tap.streams()
+    # Against a parameter it is a linear map, and against a matrix without a batch dimension,
+    # unless both were computed from what the layer was called with.
+    if streams.is_weight(right):
+        return False
+    if min(left.ndim, right.ndim) < 3 and not (
+        left.ndim == right.ndim == 2 and streams.of(left) and streams.of(right)
+    ):
+        return False
+    tap.multiplied = True
+    return True
+
+
+def _product(tap: Tap, left: Tensor, right: Tensor, x: Tensor, y: Tensor) -> Product:
+    """Put nodes on x (..., N, d) and y (..., M, d), which are views of left and right."""
+    of_left, of_right = tap.given() or (None, None)
+    same = tap.is_self_attention(left, right) and x.shape[-2] == y.shape[-2]
+    of_x = of_y = None
+    if tap.projects(x, y):
+        of_x, of_y = other_sides(tap.method.setup, tap.site.name, x, y)
+    operands = _operand(tap, x, of_left, of_x), _operand(tap, y, of_right, of_y)
+    streams = tap.streams()
+    return Product(*operands, same, [], bool(streams.of(left) and streams.of(right)))
+
+
+def _operand(tap: Tap, x: Tensor, given: Tokens | None, other: Tensor | None) -> Operand:
+    query, key = tap.query, tap.key
+    if not (x.requires_grad and torch.is_grad_enabled()) or tap.is_idle():
+        return Operand(x, x, None)
+    with tap.keeping():
+        node, switch, real = switched_node(
+            x,
+            query.factors,
+            key.factors,
+            project=query.projects() or key.projects(),
+            method=tap.method,
+            other=other,
+            documents=None if given is None else by_document(given, x.shape),
+        )
+    return Operand(x, node, (switch, real), other)

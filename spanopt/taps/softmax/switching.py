@@ -1,0 +1,80 @@
+"""The softmax of scores, which tells that a product is attention and turns its nodes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spanopt.node import switch_on
+from spanopt.taps.masks import Read, transposed
+from spanopt.taps.softmax.scores import WEIGHTS, Product, carry, scores_of
+from spanopt.taps.tap import Tap
+from spanopt.taps.watcher import Watched, watch_node
+
+__all__ = ["softmax"]
+
+
+def softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Turn on the nodes of the products whose scores a softmax is taken of."""
+    tap.site.takes_softmax = True
+    scores = scores_of(tap, args[0]) if args else None
+    if scores is None:
+        may_be = tap.multiplied and args and tap.streams().may_be_of_scores(args[0])
+        if may_be and tap.is_live():
+            tap.lost = True
+            _note_where_lost(tap, args[0])
+        return func(*args, **kwargs)
+    if not scores.products:
+        return carry(tap, func(*args, **kwargs), scores)
+    x, *rest = args
+    dim = kwargs.get("dim", rest[0] if rest else None)
+    axis = dim - x.ndim if isinstance(dim, int) and dim >= 0 else dim
+    sides = [group for group in scores.axes[:2] if group == (axis,)]
+    if not sides:
+        tap.site.lost_at = "a softmax that is not over one side's tokens"
+        return func(*args, **kwargs)
+    for product in scores.products:
+        # Where there are softmaxes over both axes, the first one tells which are the keys.
+        if not product.swapped:
+            product.swapped.append(sides[0] is scores.axes[0])
+        x, real = _switch_on(tap, x, product, scores.read)
+    weights = func(x, *rest, **kwargs)
+    watcher = tap.watching()
+    if watcher is not None:
+        by_query = weights.detach() if axis == -1 else weights.detach().transpose(axis, -1)
+        watcher.weights(tap.site.name, by_query, real)
+    return carry(tap, weights, WEIGHTS)
+
+
+def _note_where_lost(tap: Tap, x: Tensor) -> None:
+    call = tap.current_call()
+    if call is not None and not torch.compiler.is_compiling():
+        tap.site.lost_at = call.trail.lost_at(x) or tap.site.lost_at
+
+
+def _switch_on(tap: Tap, x: Tensor, product: Product, read: Read) -> tuple[Tensor, Tensor | None]:
+    """Turn the nodes of a product on, in its scores, and tell the real queries."""
+    query, key = product.left, product.right
+    (swapped,) = product.swapped
+    if swapped:
+        query, key = key, query
+        read = transposed(read)
+    tap.observe(query.x, key.x, "softmax")
+    tokens = tap.tokens(query.x, key.x, read, product.self_attention)
+    of_query, of_key = tap.given() or (None, None)
+    watcher = tap.watching()
+    if swapped and of_query is not of_key and any(side.documents is not None for side in tokens):
+        raise ValueError(
+            f"layer {tap.site.name!r} multiplies keys by queries, in this order: token_mask can "
+            "give it documents only if they are the same for both"
+        )
+    for side, operand, real in zip(("query", "key"), (query, key), tokens, strict=True):
+        if operand.switches is not None:
+            mask = None if real.mask is None else real.mask.reshape(-1, real.mask.shape[-1])
+            x = switch_on(x, *operand.switches, side=side, mask=mask)
+            if watcher is not None:
+                of_node = tap.site.name, side, operand.x, tap.method, *real, operand.other
+                watch_node(watcher, Watched(*of_node), operand.node)
+    return x, tokens[0].mask
