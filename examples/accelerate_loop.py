@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from spanopt import SpanScale, SpanScaledOptimizer, SpanScheduler
-from spanopt.scheduler import linear
+from spanopt.schedules import linear
 
 folder, steps = Path(sys.argv[1]), int(sys.argv[2])
 length, accumulate = 64, 2

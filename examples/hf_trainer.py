@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from spanopt.integrations.transformers import SpanScaledCallback
-from spanopt.scheduler import linear
+from spanopt.schedules import linear
 
 LENGTH = 64
 HELD_OUT = 64

@@ -9,6 +9,7 @@ from spanopt.optimizer import SpanScaledOptimizer
 from spanopt.projection import decompose, project, rescale
 from spanopt.scale import SpanGroup, SpanScale
 from spanopt.scheduler import SpanScheduler
+from spanopt.schedules import chained, constant, cosine, linear, piecewise
 from spanopt.sites import AttentionSite, find_attention
 from spanopt.tokens import token_mask
 
@@ -22,8 +23,13 @@ __all__ = [
     "SpanScheduler",
     "UnscaledLayerError",
     "attach",
+    "chained",
+    "constant",
+    "cosine",
     "decompose",
     "find_attention",
+    "linear",
+    "piecewise",
     "project",
     "rescale",
     "span_node",

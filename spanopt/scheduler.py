@@ -1,23 +1,16 @@
-"""Schedules of the scales, in the manner of ``torch.optim.lr_scheduler``.
-
-A schedule is a function of the step. It gives the *strength* with which the scales act: 1 is what
-the user asked for, 0 is the identity (1, 1), and anything between or beyond is linear in both
-factors. Or it gives a scale itself.
-"""
+"""Moving the scales from step to step, in the manner of ``torch.optim.lr_scheduler``."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
+from spanopt import schedules
 from spanopt.hooks import SpanHooks
-from spanopt.scale import Factor, ScaleLike, SpanGroup, SpanScale, matching, scales_of
+from spanopt.scale import Factor, SpanGroup, SpanScale, matching, scales_of
+from spanopt.schedules import Schedule
 
-__all__ = ["Schedule", "SpanScheduler", "chained", "constant", "cosine", "linear", "piecewise"]
-
-Schedule: TypeAlias = Callable[[int], "float | ScaleLike"]
-"""From the number of steps taken to a strength or a scale."""
+__all__ = ["SpanScheduler"]
 
 
 class SpanScheduler:
@@ -30,18 +23,20 @@ class SpanScheduler:
     Args:
         optimizer: A :class:`~spanopt.SpanScaledOptimizer`, or the :class:`~spanopt.SpanHooks` of
             :func:`~spanopt.attach`.
-        schedule: One for all layers, or schedules by layer name or pattern, with the rules of the
-            scales dict: an exact name goes before patterns, a later pattern before an earlier one,
-            and what no key matches, or ``None``, is left alone.
+        schedule: A function of the number of steps taken, such as :func:`spanopt.linear` returns,
+            or such functions by layer name or pattern. An exact name goes before patterns, and a
+            later pattern before an earlier one. What no key matches, or ``None``, is left alone. A
+            function gives a strength, a number: 0 stands for (1, 1) and 1 for the scales that the
+            layer has now; both factors are linear in it, also outside [0, 1]. Or it gives a scale.
 
     Raises:
-        TypeError: A schedule that is not callable.
+        TypeError: A schedule that is not callable, such as the name of one.
         ValueError: A key that matches no scaled layer, or a schedule that gives what is no scale.
             The scales are then as they were.
 
     Example:
         >>> import torch
-        >>> from spanopt import SpanScaledOptimizer
+        >>> from spanopt import SpanScaledOptimizer, linear
         >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
         >>> bare = torch.optim.SGD(model.parameters())
         >>> optimizer = SpanScaledOptimizer(bare, model, {"*": (3, 1)})
@@ -78,7 +73,7 @@ class SpanScheduler:
 
         Example:
             >>> from torch import nn
-            >>> from spanopt import attach
+            >>> from spanopt import attach, constant, linear
             >>> hooks = attach(nn.MultiheadAttention(8, 2), {"*": (2.0, 1.0)})
             >>> scheduler = SpanScheduler(hooks, linear(10))
             >>> scheduler.step()
@@ -92,7 +87,7 @@ class SpanScheduler:
 
         Example:
             >>> from torch import nn
-            >>> from spanopt import attach
+            >>> from spanopt import attach, constant, linear
             >>> hooks = attach(nn.MultiheadAttention(8, 2), {"*": (3.0, 1.0)})
             >>> SpanScheduler(hooks, constant(0.5)).get_last_scale()[""].parallel
             2.0
@@ -113,7 +108,7 @@ class SpanScheduler:
 
         Example:
             >>> from torch import nn
-            >>> from spanopt import attach
+            >>> from spanopt import attach, constant, linear
             >>> hooks = attach(nn.MultiheadAttention(8, 2), {"*": (2.0, 1.0)})
             >>> SpanScheduler(hooks, constant()).state_dict()["step"]
             0
@@ -133,7 +128,7 @@ class SpanScheduler:
 
         Example:
             >>> from torch import nn
-            >>> from spanopt import attach
+            >>> from spanopt import attach, constant, linear
             >>> hooks = attach(nn.MultiheadAttention(8, 2), {"*": (2.0, 1.0)})
             >>> scheduler = SpanScheduler(hooks, linear(10))
             >>> scheduler.load_state_dict(scheduler.state_dict())
@@ -168,103 +163,9 @@ class SpanScheduler:
         return scales
 
 
-def constant(strength: float = 1.0) -> Schedule:
-    """Return a schedule that stays as it is.
-
-    Example:
-        >>> constant(0.5)(1000)
-        0.5
-    """
-    return lambda step: strength
-
-
-def linear(steps: int, start: float = 0.0, end: float = 1.0) -> Schedule:
-    """Return a schedule from one strength to another in equal steps: a warm-up by default.
-
-    Args:
-        steps: How many; it stays at ``end`` from there on.
-        start: Strength at step 0.
-        end: Strength at ``steps``.
-
-    Example:
-        >>> [linear(4)(step) for step in (0, 1, 4, 9)]
-        [0.0, 0.25, 1.0, 1.0]
-    """
-    _check_steps(steps)
-    return lambda step: start + (end - start) * min(step / steps, 1.0)
-
-
-def cosine(steps: int, start: float = 1.0, end: float = 0.0) -> Schedule:
-    """Return a schedule from one strength to another along half a cosine: a decay by default.
-
-    Args:
-        steps: How many; it stays at ``end`` from there on.
-        start: Strength at step 0.
-        end: Strength at ``steps``.
-
-    Example:
-        >>> [round(cosine(4)(step), 3) for step in (0, 1, 2, 4, 9)]
-        [1.0, 0.854, 0.5, 0.0, 0.0]
-    """
-    _check_steps(steps)
-    return lambda step: end + (start - end) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
-
-
-def piecewise(values: Mapping[int, float | ScaleLike]) -> Schedule:
-    """Return a schedule that takes given strengths or scales from given steps on.
-
-    Args:
-        values: By the step from which on they hold; 0 must be among them.
-
-    Raises:
-        ValueError: No value at step 0, or a step that is negative.
-
-    Example:
-        >>> schedule = piecewise({0: 0.0, 100: (2.0, 1.0)})
-        >>> schedule(99), schedule(100)
-        (0.0, (2.0, 1.0))
-    """
-    steps = sorted(values)
-    if not steps or steps[0] != 0:
-        raise ValueError(f"piecewise needs a value for step 0 and none before, got {steps}")
-    return lambda step: values[max(other for other in steps if other <= step)]
-
-
-def chained(*parts: tuple[Schedule, int] | Schedule) -> Schedule:
-    """Return schedules one after another, each with steps counted from its beginning.
-
-    Args:
-        *parts: ``(schedule, steps)`` pairs, and a last schedule that goes on.
-
-    Raises:
-        TypeError: A part other than the last without its number of steps.
-        ValueError: Fewer than one step.
-
-    Example:
-        >>> schedule = chained((linear(10), 10), (constant(), 80), cosine(10))
-        >>> [round(schedule(step), 2) for step in (0, 5, 50, 95, 200)]
-        [0.0, 0.5, 1.0, 0.5, 0.0]
-    """
-    if not parts or not callable(parts[-1]) or any(callable(part) for part in parts[:-1]):
-        raise TypeError("chained takes (schedule, steps) pairs and then one schedule that goes on")
-    *pairs, last = parts
-    begins, begin = [], 0
-    for schedule, steps in pairs:  # type: ignore[misc]
-        _check_steps(steps)
-        begins.append((begin, schedule))
-        begin += steps
-    begins.append((begin, last))
-
-    def schedule_of(step: int) -> Any:
-        first, schedule = [pair for pair in begins if pair[0] <= step][-1]
-        return schedule(step - first)
-
-    return schedule_of
-
-
-def _check_steps(steps: Any) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"a number of steps must be a whole number of at least 1, got {steps!r}")
+def _advice() -> str:
+    names = ", ".join(f"spanopt.{name}" for name in schedules.__all__ if name != "Schedule")
+    return f"; {names} return such functions, as linear(100) does for 100 steps"
 
 
 def _by_name(
@@ -274,7 +175,7 @@ def _by_name(
     for key, value in schedules.items():
         if value is not None and not callable(value):
             raise TypeError(
-                f"the schedule of {key!r} must be a function of the step, got {value!r}"
+                f"the schedule of {key!r} must be a function of the step, got {value!r}{_advice()}"
             )
     chosen = matching(schedules, names, "schedule")
     return {name: value for name, value in chosen.items() if value is not None}

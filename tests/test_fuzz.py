@@ -26,7 +26,7 @@ from spanopt import (
     rescale,
     token_mask,
 )
-from spanopt.scheduler import constant, linear, piecewise
+from spanopt.schedules import constant, linear, piecewise
 
 LAYERS = ("blocks.0.attn", "blocks.1.attn")
 

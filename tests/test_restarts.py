@@ -19,7 +19,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from spanopt import SpanScale, SpanScaledOptimizer, SpanScheduler
-from spanopt.scheduler import chained, constant, cosine, linear
+from spanopt.schedules import chained, constant, cosine, linear
 
 STEPS, KILLS = 60, 20
 

@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW, lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from spanopt import SpanScale, SpanScaledOptimizer, SpanScheduler, attach
-from spanopt.scheduler import chained, constant, cosine, linear, piecewise
+from spanopt.schedules import chained, constant, cosine, linear, piecewise
 
 LR = {
     "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
@@ -266,3 +266,27 @@ def test_an_argument_that_schedules_nothing_is_an_error(model):
         piecewise({1: 1.0})
     with pytest.raises(TypeError, match="one schedule that goes on"):
         chained((linear(3), 3))
+
+
+def test_a_schedule_by_name_is_refused_with_the_functions_there_are():
+    hooks = attach(Decoder(), SpanScale(2.0, 1.0))
+    with pytest.raises(TypeError, match=r"got 'linear'; spanopt\.chained, .*linear"):
+        SpanScheduler(hooks, "linear")
+    hooks.remove()
+
+
+def test_a_strength_outside_of_0_and_1_goes_on_in_the_same_direction():
+    hooks = attach(Decoder(), SpanScale(3.0, 0.5))
+    scheduler = SpanScheduler(hooks, piecewise({0: 1.5, 1: -1.0}))
+    scales = [next(iter(scheduler.get_last_scale().values()))]
+    scheduler.step()
+    scales.append(next(iter(scheduler.get_last_scale().values())))
+    assert [(scale.parallel, scale.violation) for scale in scales] == [(4.0, 0.25), (-1.0, 1.5)]
+    hooks.remove()
+
+
+def test_a_strength_that_no_float_holds_is_refused():
+    hooks = attach(Decoder(), SpanScale(3.0, 0.5))
+    with pytest.raises(ValueError, match=r"layer 'blocks\.0\.attn' at step 0"):
+        SpanScheduler(hooks, lambda step: 10**400)
+    hooks.remove()

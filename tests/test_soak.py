@@ -19,7 +19,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset
 
 from spanopt import SpanScale, SpanScaledOptimizer, SpanScheduler
-from spanopt.scheduler import cosine
+from spanopt.schedules import cosine
 from spanopt.taps.tap import live_taps, thread
 
 SCALE = SpanScale(query=(3.0, 0.5), key=(0.5, 2.0))

@@ -32,7 +32,7 @@ import spanopt.integrations.lightning
 import spanopt.integrations.transformers
 from spanopt import SpanScale, SpanScaledOptimizer, SpanScheduler, UnscaledLayerError, attach
 from spanopt.integrations.run import Run
-from spanopt.scheduler import linear
+from spanopt.schedules import linear
 
 ROOT = Path(__file__).parent.parent
 PAIRS = dict(families.SCALES)

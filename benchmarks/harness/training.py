@@ -16,7 +16,7 @@ from harness.optimizers import build_optimizers, scheduled
 from harness.tasks import Task, Text, build_task
 from harness.trial import Trial
 from spanopt import SpanMonitor, SpanScale, SpanScaledOptimizer, SpanScheduler, find_attention
-from spanopt.scheduler import linear
+from spanopt.schedules import linear
 
 __all__ = ["run_trial"]
 

@@ -16,7 +16,14 @@ GROUPS = {
         "spanopt.SpanGroup",
         "spanopt.token_mask",
     ],
-    "Schedules": ["spanopt.SpanScheduler"],
+    "Schedules": [
+        "spanopt.SpanScheduler",
+        "spanopt.linear",
+        "spanopt.cosine",
+        "spanopt.constant",
+        "spanopt.piecewise",
+        "spanopt.chained",
+    ],
     "Looking": [
         "spanopt.SpanMonitor",
         "spanopt.find_attention",

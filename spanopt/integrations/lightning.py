@@ -54,7 +54,7 @@ class SpanScaledCallback(Callback):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> from spanopt.scheduler import linear
+        >>> from spanopt import linear
         >>> callback = SpanScaledCallback(
         ...     {"*": (2.0, 1.0)}, schedule=lambda steps: linear(steps // 10)
         ... )

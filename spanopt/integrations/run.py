@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from spanopt.hooks import SpanHooks
 from spanopt.installing import install
 from spanopt.plan import Request
-from spanopt.scheduler import Schedule, SpanScheduler
+from spanopt.scheduler import SpanScheduler
+from spanopt.schedules import Schedule
 
 __all__ = ["MakeSchedule", "Run"]
 
@@ -53,7 +54,7 @@ class Run:
         if schedule is not None and not callable(schedule):
             raise TypeError(
                 "schedule must be a function of the number of optimizer steps, such as "
-                f"lambda steps: spanopt.scheduler.linear(steps // 10), got {schedule!r}"
+                f"lambda steps: spanopt.linear(steps // 10), got {schedule!r}"
             )
         self.request = request
         self.schedule = schedule

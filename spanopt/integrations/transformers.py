@@ -53,7 +53,7 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
         TypeError: A schedule that is no function. All else is checked when training begins.
 
     Example:
-        >>> from spanopt.scheduler import linear
+        >>> from spanopt import linear
         >>> callback = SpanScaledCallback(
         ...     {"*": (2.0, 1.0)}, schedule=lambda steps: linear(steps // 10)
         ... )
