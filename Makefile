@@ -5,7 +5,7 @@ INPUTS := pyproject.toml constraints.txt
 # Two notices of the theme about the future of mkdocs, which is pinned here, are left out.
 SITE := NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true .venv/bin/mkdocs
 
-.PHONY: demo test soak conformance docs serve-docs models-table study study-quick evidence bench performance package lint clean
+.PHONY: demo test soak registry conformance docs serve-docs models-table study study-quick evidence bench performance package lint clean
 
 demo: .venv/demo.stamp
 	.venv/bin/python examples/train_text.py $(ARGS)
@@ -15,7 +15,11 @@ test: .venv/test.stamp
 
 # The long runs and the fuzzing, of which `make test` does a short part: 15 to 25 minutes.
 soak: .venv/test.stamp
-	.venv/bin/python -m pytest -n 2 --soak tests/test_soak.py tests/test_fuzz.py $(ARGS)
+	.venv/bin/python -m pytest -n 2 --soak tests/test_soak.py tests/test_fuzz.py tests/registry $(ARGS)
+
+# docs/registry.md: every model of the registry of transformers. About an hour.
+registry: .venv/test.stamp
+	.venv/bin/python tests/registry/run.py --page docs/registry.md $(ARGS)
 
 # The own optimizer tests of PyTorch or torch-optimizer, wrapped: make conformance CHECKOUT=path
 conformance: .venv/test.stamp
