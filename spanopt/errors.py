@@ -95,27 +95,55 @@ def what_was_seen(site: AttentionSite) -> str:
 
 
 def not_scaled_since_step(
-    missing: Iterable[AttentionSite], scaled: Iterable[AttentionSite]
+    missing: Iterable[AttentionSite],
+    scaled: Iterable[AttentionSite],
+    past: Iterable[tuple[str, str]] = (),
 ) -> UnscaledLayerError:
-    """Return the error about layers whose Q and K were not seen since the last optimizer step.
+    """Return the error about layers that were not scaled since the last optimizer step.
 
     Args:
-        missing: The layers that are not scaled.
+        missing: The layers that are not scaled, or not in all that they computed.
         scaled: The layers that are.
+        past: Names of those whose Q and K were seen, and how a backward pass went past the hooks
+            all the same: ``"missed"``, ``"direct"`` or ``"around"``.
     """
-    missing, scaled = list(missing), list(scaled)
+    missing, scaled, past = list(missing), list(scaled), list(past)
     never = [site for site in missing if site.query_length is None]
     ran = [site for site in never if site.takes_softmax is not None]
+    partly = {name for name, _ in past}
+    unseen = [site.name for site in missing if site.name not in partly]
+    ways = [
+        f"{', '.join(repr(name) for name, kind in past if kind == way)}: {text}. "
+        for way, text in _PAST.items()
+        if any(kind == way for _, kind in past)
+    ]
+    if unseen and past:
+        ways.append(f"{', '.join(map(repr, unseen))}: ")
+    if unseen:
+        ways.append("Q and K were not seen in a forward pass with gradients. ")
     return UnscaledLayerError(
         f"not scaled since the last step: layer{'s' if len(missing) > 1 else ''} "
-        f"{', '.join(repr(site.name) for site in missing)} (scaled: {_listed(scaled)}). Q and K "
-        f"were not seen in a forward pass with gradients. {_seen_in(ran)}If a layer was skipped or "
+        f"{', '.join(repr(site.name) for site in missing)} (scaled: {_listed(scaled)}). "
+        f"{''.join(ways)}{_seen_in(ran)}If a layer was skipped or "
         "is frozen on purpose, pass on_missing='warn' or 'ignore', or scale it with None; if its "
         "forward was called directly, call the module instead; if it checkpoints its attention "
         "with use_reentrant=True, use False, or checkpoint the layer as a whole; if its attention "
         "is in a function with a backward of its own, it can't be seen there. "
         f"{_advice(missing, scaled)}"
     )
+
+
+_PAST = {
+    "missed": (
+        "Q and K were seen in some of its calls only, and a backward pass went through another "
+        "call, as with an attention kernel of its own for some inputs"
+    ),
+    "direct": "its forward was called directly, past the hooks, beside calls of the module",
+    "around": (
+        "it got gradients, and no backward pass went through the calls in which Q and K were seen, "
+        "as after a forward pass whose result is dropped and one past the hooks"
+    ),
+}
 
 
 def _advice(missing: list[AttentionSite], scaled: list[AttentionSite]) -> str:

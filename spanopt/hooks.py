@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,16 @@ from spanopt.scale import SpanGroup, SpanScale, scales_of
 from spanopt.sites import AttentionSite, named_modules
 from spanopt.table import table
 from spanopt.taps import HANDLERS
-from spanopt.taps.module_hooks import Enter, Leave, NoteMasks, Output, drop_inert, no_hook
+from spanopt.taps.account import projection_of
+from spanopt.taps.module_hooks import (
+    Enter,
+    Leave,
+    NoteMasks,
+    Output,
+    Projected,
+    drop_inert,
+    no_hook,
+)
 from spanopt.taps.projection import ProjectionTap
 from spanopt.taps.tap import Tap, remove_stale, thread
 from spanopt.taps.watcher import Watcher, Watchers
@@ -115,6 +125,10 @@ class SpanHooks:
             module.register_forward_pre_hook(Enter(tap), prepend=True, with_kwargs=True),
             module.register_forward_hook(Leave(tap), always_call=True),
         ]
+        projection_module = projection_of(module, tap.site.query_key_parameters())
+        if projection_module is not None:
+            drop_inert(projection_module)
+            handles.append(projection_module.register_forward_hook(Projected(tap)))
         if isinstance(tap, ProjectionTap):
             for projection in tap.projections:
                 drop_inert(projection.module)
@@ -173,7 +187,11 @@ class SpanHooks:
         remove_stale()
 
     def unseen(self) -> list[str]:
-        """Return the scaled layers whose Q and K were not seen since :meth:`forget`.
+        """Return the scaled layers of which a part is not scaled since :meth:`forget`.
+
+        Those are layers whose Q and K were not seen in a forward pass with gradients, and layers
+        that a backward pass went through past the hooks, as far as that is noticed: through a call
+        in which no attention was seen, or through a forward that was called directly.
 
         Returns:
             Their names.
@@ -192,8 +210,10 @@ class SpanHooks:
                 "an entry of span_groups was replaced, added or removed, which scales nothing: "
                 "set the fields of the entries that are there"
             )
-        missing = [tap for tap in self._taps if tap.is_attention() and not tap.seen]
-        if not missing and not any(tap.seen for tap in self._taps):
+        missing = [
+            tap for tap in self._taps if tap.is_attention() and not tap.account.is_complete()
+        ]
+        if not missing and not any(tap.account.seen for tap in self._taps):
             missing = self._taps  # nothing at all was scaled, though layers may be attention
         return [tap.site.name for tap in missing]
 
@@ -206,9 +226,9 @@ class SpanHooks:
             >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).forget()
         """
         for tap in self._taps:
-            if tap.seen and tap.watcher is not None:
+            if tap.account.seen and tap.watcher is not None:
                 tap.watcher.ran(tap.site.name)
-            tap.seen = False
+            tap.account.forget()
             tap.forget_tokens()
 
     def check(self) -> None:
@@ -233,12 +253,34 @@ class SpanHooks:
             return
         error = not_scaled_since_step(
             [tap.site for tap in self._taps if tap.site.name in missing],
-            [tap.site for tap in self._taps if tap.seen],
+            [tap.site for tap in self._taps if tap.account.is_complete()],
+            [(tap.site.name, way) for tap in self._taps for way in tap.account.ways_past()],
         )
         if self._on_missing == "error":
             self.forget()
             raise error
         warnings.warn(str(error), stacklevel=3)
+
+    def compare(self, has_come: Callable[[nn.Parameter], bool]) -> None:
+        """Note the layers that got gradients by a way around the calls that were seen.
+
+        Args:
+            has_come: Tells whether a parameter has got a gradient since the last step. It is asked
+                only about layers whose calls no backward pass went through.
+
+        Example:
+            >>> from torch import nn
+            >>> from spanopt import attach
+            >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
+            >>> hooks.compare(lambda parameter: False)
+        """
+        waiting = [tap for tap in self._taps if tap.account.waiting and not tap.account.passed]
+        if not waiting:
+            return
+        owners = Counter(p for tap in self._taps for p in set(tap.site.module.parameters()))
+        for tap in waiting:
+            parameters = tap.site.query_key_parameters()
+            tap.account.around = any(owners[p] == 1 and has_come(p) for p in parameters)
 
     def check_masks(self) -> None:
         """Refuse attention masks that did not tell which tokens are real.

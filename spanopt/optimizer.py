@@ -244,28 +244,26 @@ class SpanScaledOptimizer(Optimizer):
     def _check_seen(self) -> None:
         remove_stale()
         self.hooks.check_masks()
-        if (
-            self._request.on_missing != "ignore"
-            and self.hooks.unseen()
-            and self._backward_has_run()
-        ):
+        if self._request.on_missing == "ignore":
+            return
+        self.hooks.compare(self._has_come)
+        if self.hooks.unseen() and any(map(self._has_come, self._parameters())):
             self.hooks.check()
 
-    def _backward_has_run(self) -> bool:
-        """Whether a gradient has come or changed since the last step and is not zero.
+    def _has_come(self, parameter: Tensor) -> bool:
+        """Return whether a gradient has come or changed since the last step and is not zero.
 
         Zeros don't count: torch.distributed.checkpoint makes them up and takes a step to build the
         optimizer's state. Reading them may wait for the device, but only on the way to an error.
         """
-        for parameter in self._parameters():
-            grad = parameter.grad
-            if grad is None:
-                continue
-            mark, version = self._marks.get(id(parameter), (lambda: None, -1))
-            values = grad._values() if grad.is_sparse else grad
-            if (mark() is not grad or version != grad._version) and bool((values != 0).any()):
-                return True
-        return False
+        grad = parameter.grad
+        if grad is None:
+            return False
+        mark, version = self._marks.get(id(parameter), (lambda: None, -1))
+        if mark() is grad and version == grad._version:
+            return False
+        values = grad._values() if grad.is_sparse else grad
+        return bool((values != 0).any())
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:

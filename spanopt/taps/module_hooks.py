@@ -14,7 +14,7 @@ from spanopt.taps.padding import NotedMasks, is_padding_name, padding_masks
 from spanopt.taps.projection import Projection, ProjectionTap
 from spanopt.taps.tap import Tap, thread
 
-__all__ = ["Enter", "Hook", "Leave", "NoteMasks", "Output", "drop_inert", "no_hook"]
+__all__ = ["Enter", "Hook", "Leave", "NoteMasks", "Output", "Projected", "drop_inert", "no_hook"]
 
 
 class Hook:
@@ -58,6 +58,15 @@ class Leave(Hook):
         # pre-hook, put before ours, may have raised an exception.
         if torch.is_grad_enabled() or thread.probing or not torch.compiler.is_compiling():
             self.tap.leave()
+
+
+class Projected(Hook):
+    """A forward hook on a module of a layer that tells a call of the layer's forward by itself."""
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
+        """Note the module's result where it runs outside of a call of the layer."""
+        if torch.is_grad_enabled():
+            self.tap.note_projected(result)
 
 
 class Output(Hook):

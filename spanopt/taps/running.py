@@ -14,6 +14,7 @@ from torch.utils.checkpoint import __file__ as _CHECKPOINT_FILE
 __all__ = [
     "Place",
     "calling_frame",
+    "calls_forward_directly",
     "calls_of",
     "is_checkpointed",
     "is_over",
@@ -112,6 +113,22 @@ def calls_of(module: nn.Module) -> int:
             calls += "_wrapped_call_impl" in name
             forwards += "_call_impl" in name or "forward" in name
     return calls or min(forwards, 1)
+
+
+def calls_forward_directly(module: nn.Module, *, traced: bool = False) -> bool:
+    """Return whether this thread is inside of a module's forward, and not of a call of the module.
+
+    Args:
+        module: The module.
+        traced: Look only at what ``torch.compile`` is tracing.
+    """
+    forward = False
+    for name, owner, frame in _frames():
+        if owner is module and not (traced and frame is not None):
+            if "_call_impl" in name:
+                return False
+            forward = forward or name == "forward"
+    return forward
 
 
 def is_checkpointed() -> bool:

@@ -50,6 +50,10 @@ class Streams:
         self._notes: Notes[int] = Notes()
         self._made: Notes[nn.Parameter | str] = Notes()
 
+    def input_nodes(self) -> list[Any]:
+        """Return the inputs' nodes in the autograd graph."""
+        return [x.grad_fn for x in self._inputs if x.grad_fn is not None]
+
     def of(self, x: Tensor) -> int:
         """Return the inputs that a tensor was computed from, a bit for each."""
         return self._bits(x) & self._streams

@@ -27,6 +27,7 @@ from spanopt.scale import Factor, SpanScale
 from spanopt.setups import NEED_OTHER, SETUPS
 from spanopt.shards import is_context_parallel, is_spread
 from spanopt.sites import AttentionSite
+from spanopt.taps.account import Account, may_train, nodes_of
 from spanopt.taps.graph import Trail
 from spanopt.taps.masks import Read, Verdict, can_be_read
 from spanopt.taps.notes import Notes
@@ -35,6 +36,7 @@ from spanopt.taps.padding import NotedMasks
 from spanopt.taps.real import Tokens, real_tokens
 from spanopt.taps.running import (
     calling_frame,
+    calls_forward_directly,
     calls_of,
     is_checkpointed,
     is_over,
@@ -203,6 +205,7 @@ class Call:
         frame: Where the call runs; ``None`` where it was entered by compiled code.
         at: The place in that frame's code, see :func:`~spanopt.taps.running.calling_frame`.
         given: The real tokens of queries and keys, as :func:`spanopt.token_mask` gives them.
+        seen: Attention was seen, with gradients on.
         streams: Which tensors were computed from which of the layer's inputs.
         scores: What the softmax tap knows of tensors.
         trail: Where these tensors are in the autograd graph.
@@ -219,6 +222,7 @@ class Call:
         if not torch.compiler.is_compiling():
             self.frame, self.at = calling_frame()
         self.given = given
+        self.seen = False
         self.streams = Streams(arguments)
         self.scores: Notes[Any] = Notes()
         self.trail = Trail()
@@ -276,8 +280,7 @@ class Tap(TorchFunctionMode):
         query: Scales of the query side. Replaced, never changed in place, when the user edits them:
             a backward pass under way keeps those of its forward pass.
         key: Scales of the key side.
-        seen: Set when an attention call was made with gradients on; the optimizer clears it after
-            each step.
+        account: What came of the layer's calls; the optimizer clears it after each step.
         entered: Set when the layer has run while taps watched.
         called: Set when any attention call was made.
         multiplied: Set in a call when activations were multiplied as queries and keys may be.
@@ -305,7 +308,7 @@ class Tap(TorchFunctionMode):
         self.site = site
         self.unique_name = f"tap {next(_numbers)}"
         self.method = method
-        self.seen = False
+        self.account = Account()
         self.entered = False
         self.called = False
         self.multiplied = False
@@ -662,15 +665,50 @@ class Tap(TorchFunctionMode):
         return call.streams
 
     def note_result(self, result: Any) -> None:
-        """Note whether gradients flow back through what the layer returned.
+        """Note what the layer returned, and have the backward pass through it noted.
 
         Args:
             result: What its forward returned, with gradients on.
         """
+        call = self.current_call()
+        if call is not None:
+            self._report(call, result)
         if _may_carry_gradient(result):
             self.connected = True
         elif any(parameter.requires_grad for parameter in self.site.module.parameters()):
             self.detached = True
+
+    def _report(self, call: Call, result: Any) -> None:
+        if torch.compiler.is_compiling():
+            # No hooks on tensors: every call counts, without a backward pass.
+            if call.seen:
+                self.account.passed = True
+            elif _may_carry_gradient(result):
+                self.account.missed = True
+        elif not call.seen:
+            nodes = nodes_of(result)
+            parameters = list(self.site.query_key_parameters())
+            if nodes and may_train(nodes, call.streams.input_nodes(), parameters):
+                self.account.report(result, "missed")
+        elif not self.is_idle() and self.account.report(result, "passed"):
+            self.account.waiting = True
+
+    def note_projected(self, result: Any) -> None:
+        """Note what a module of the layer returned, which may run outside of the layer's calls.
+
+        Args:
+            result: What it returned, with gradients on.
+        """
+        if torch.compiler.is_compiling():
+            if _is_traced_directly(self.unique_name):
+                self.account.direct = True
+            return
+        call = self.current_call()
+        inside = call is not None and not call.is_over()
+        if inside or self.removed or torch._C._current_graph_task_id() != -1:
+            return
+        if calls_forward_directly(self.site.module):
+            self.account.report(result, "direct")
 
     def is_attention(self) -> bool:
         """Return whether the layer is attention: beyond doubt, or by what it did when it ran.
@@ -728,7 +766,10 @@ class Tap(TorchFunctionMode):
         site.heads, site.kv_heads, site.head_dim = heads or 1, kv_heads or 1, head_dim
         site.query_length, site.key_length = lengths
         if torch.is_grad_enabled():
-            self.seen = True
+            self.account.seen = True
+            call = self.current_call()
+            if call is not None:
+                call.seen = True
 
     def _check_heads(self, side: str, scale: SideScale, heads: int | None) -> None:
         if scale.factors.ndim > 1 and scale.factors.shape[1] != heads:
@@ -803,10 +844,20 @@ def _traced_place(unique_name: str) -> int:
     return _INSIDE if inside else _OUTSIDE
 
 
+def _is_traced_directly(unique_name: str) -> bool:
+    """Return whether a layer's forward is being traced, and no call of the layer.
+
+    A helper of :meth:`Tap.note_projected`, which ``torch.compile`` calls as it traces it.
+    """
+    tap = _named.get(unique_name)
+    return tap is not None and calls_forward_directly(tap.site.module, traced=True)
+
+
 _OUTSIDE, _INSIDE, _OUTSIDE_PERHAPS, _INSIDE_PERHAPS = range(4)
 
 # As of torch.compiler.assume_constant_result, which imports the compiler.
 _traced_place._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_traced_directly._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _take_out(tap: Tap) -> None:

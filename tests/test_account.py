@@ -1,0 +1,249 @@
+"""What gets past the hooks of a layer beside calls that are seen is an error at the next step."""
+
+import contextlib
+
+import pytest
+import torch
+from models import ScoreAttention
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
+
+from spanopt import SpanScaledOptimizer, UnscaledLayerError
+
+
+class Packed(nn.MultiheadAttention):
+    def __init__(self):
+        super().__init__(16, 4, batch_first=True)
+
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class ByHand(ScoreAttention):
+    def forward(self, x):
+        q, k, v = self.project(x)
+        weights = (q @ k.transpose(-2, -1)).softmax(-1)
+        return self.out_proj((weights @ v).transpose(1, 2).flatten(-2))
+
+
+class Kernel(torch.autograd.Function):
+    """An attention kernel that can't be seen into."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        with torch.enable_grad():
+            ctx.inputs = [x.detach().requires_grad_() for x in tensors]
+            ctx.output = F.scaled_dot_product_attention(*ctx.inputs)
+        return ctx.output.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.autograd.grad(ctx.output, ctx.inputs, grad)
+
+
+class Either(ScoreAttention):
+    """Attends in a kernel of its own, or not at all, when told so."""
+
+    how = "score"
+
+    def forward(self, x):
+        q, k, v = self.project(x)
+        if self.how == "kernel":
+            with torch._C.DisableTorchFunction():
+                y = Kernel.apply(q, k, v)
+        elif self.how == "score":
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = v
+        return self.out_proj(y.transpose(1, 2).flatten(-2))
+
+
+LAYERS = {"score": ScoreAttention, "packed": Packed, "softmax": ByHand}
+
+
+def wrapped(*layers, **options):
+    model = nn.Sequential(*layers)
+    optimizer = SpanScaledOptimizer(
+        SGD(model.parameters(), lr=0.01), model, {"*": (2.0, 0.5)}, **options
+    )
+    return model, optimizer
+
+
+def batch():
+    return torch.randn(2, 5, 16)
+
+
+def compiled(run):
+    return torch.compile(run, fullgraph=True, backend="aot_eager")
+
+
+@contextlib.contextmanager
+def refused(optimizer, name, what):
+    """Expect an error at the step that names a layer, and a next step that is well."""
+    before = [p.detach().clone() for p in optimizer.model.parameters()]
+    yield
+    with pytest.raises(UnscaledLayerError, match=f"'{name}'.*{what}"):
+        optimizer.step()
+    assert all(map(torch.equal, before, optimizer.model.parameters()))
+    optimizer.zero_grad()
+    optimizer.model(batch()).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_a_forward_pass_that_is_dropped_does_not_cover_a_direct_one(layer):
+    model, optimizer = wrapped(layer())
+    with refused(optimizer, "0", "directly|around"):
+        model(batch())
+        model[0].forward(batch()).sum().backward()
+
+
+@pytest.mark.parametrize("layer", [ScoreAttention, ByHand])
+@pytest.mark.parametrize("mode", ["eager", "compiled", "checkpointed"])
+def test_a_direct_forward_beside_a_call_is_an_error(layer, mode):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = layer()
+
+        def forward(self, x, direct=False):
+            x = self.attn(x)
+            if not direct:
+                return x
+            if mode == "checkpointed":
+                return checkpoint(self.attn.forward, x, use_reentrant=False)
+            return self.attn.forward(x)
+
+    model, optimizer = wrapped(Twice())
+    run = compiled(model[0]) if mode == "compiled" else model[0]
+    with refused(optimizer, "0.attn", "directly"):
+        run(batch(), direct=True).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("order", "mode"),
+    [
+        (("score", "kernel"), "eager"),
+        (("kernel", "score"), "eager"),
+        (("score", "kernel"), "compiled"),
+    ],
+)
+def test_a_micro_batch_through_a_kernel_beside_one_that_is_seen_is_an_error(order, mode):
+    model, optimizer = wrapped(Either())
+    model(batch()).sum().backward()
+    optimizer.step()
+    run = compiled(model) if mode == "compiled" else model
+    with refused(optimizer, "0", "in some of its calls only"):
+        for how in order:
+            model[0].how = how
+            (model if how == "kernel" else run)(batch()).sum().backward()
+        model[0].how = "score"
+
+
+def test_a_call_in_a_kernel_that_is_not_trained_on_is_none():
+    model, optimizer = wrapped(Either())
+    for _ in range(2):
+        model(batch()).sum().backward()
+        model[0].how = "kernel"
+        model(batch())
+        with torch.no_grad():
+            model(batch())
+        model[0].how = "score"
+        optimizer.step()
+
+
+def test_a_call_without_attention_is_none_that_was_missed():
+    model, optimizer = wrapped(Either(), nn.Linear(16, 16), Either())
+    for how in ("score", "nothing", "score", "nothing"):
+        model(batch()).sum().backward()
+        model[0].how = model[2].how = how
+        model(batch()).sum().backward()
+        model[0].how = model[2].how = "score"
+        optimizer.step()
+
+
+class Times(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.attn = layer()
+        self.times = 1
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = x + self.attn(x)
+        return x
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled", "checkpointed", "reentrant", "packed"])
+def test_layers_called_any_number_of_times_train(mode):
+    first, second = (Times(Packed if mode == "packed" else ScoreAttention) for _ in range(2))
+    model, optimizer = wrapped(first, second)
+    run = model
+    if mode == "compiled":
+        run = compiled(model)
+    elif mode in ("checkpointed", "reentrant"):
+        run = lambda x: checkpoint(  # noqa: E731
+            model, x.requires_grad_(), use_reentrant=mode == "reentrant"
+        )
+    for times in ((1, 1), (2, 3), (1, 2)):
+        first.times, second.times = times
+        optimizer.zero_grad()
+        for _ in range(2):
+            run(batch()).sum().backward()
+            with torch.no_grad():
+                model(batch())
+        model(batch())  # a validation pass that forgets no_grad
+        optimizer.step()
+
+
+def test_layers_that_are_frozen_or_not_in_the_loss_train():
+    class Exits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = ScoreAttention(), ScoreAttention()
+
+        def forward(self, x, both=True):
+            y = self.first(x)
+            z = self.second(y)
+            return z if both else y
+
+    model, optimizer = wrapped(Exits())
+    for both in (True, False, True, False):
+        optimizer.zero_grad()
+        model[0](batch(), both).sum().backward()
+        optimizer.step()
+    for part in (model[0].first.q_proj, model[0].first):
+        part.requires_grad_(False)
+        optimizer.zero_grad()
+        model(batch()).sum().backward()
+        optimizer.step()
+
+
+def test_parts_of_a_layer_may_run_outside_of_it():
+    model, optimizer = wrapped(ScoreAttention())
+    for _ in range(2):
+        optimizer.zero_grad()
+        x = batch()
+        (model(x).sum() + model[0].q_proj(x).pow(2).sum()).backward()
+        optimizer.step()
+
+
+def test_gradients_of_a_penalty_alone_are_no_way_around():
+    model, optimizer = wrapped(ScoreAttention())
+    model(batch())
+    model[0].out_proj.weight.pow(2).sum().backward()
+    optimizer.step()
+
+
+def test_with_on_missing_warn_or_ignore_it_is_as_told():
+    model, optimizer = wrapped(Packed(), on_missing="warn")
+    model(batch())
+    model[0].forward(batch()).sum().backward()
+    with pytest.warns(UserWarning, match="'0': it got gradients"):
+        optimizer.step()
+    model, optimizer = wrapped(Packed(), on_missing="ignore")
+    model(batch())
+    model[0].forward(batch()).sum().backward()
+    optimizer.step()
