@@ -1,13 +1,14 @@
 """Span-scaled attention gradients for any PyTorch optimizer and any transformer."""
 
 from spanopt.errors import UnscaledLayerError
+from spanopt.groups import SpanGroup
 from spanopt.hooks import SpanHooks
 from spanopt.installing import attach
 from spanopt.monitor import SpanMonitor
 from spanopt.node import span_node
 from spanopt.optimizer import SpanScaledOptimizer
 from spanopt.projection import decompose, project, rescale
-from spanopt.scale import SpanGroup, SpanScale
+from spanopt.scale import SpanScale
 from spanopt.scheduler import SpanScheduler
 from spanopt.schedules import chained, constant, cosine, linear, piecewise
 from spanopt.sites import AttentionSite, find_attention

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spanopt.scale import SpanGroup, SpanScale, entries_of, scales_of
+from spanopt.groups import SpanGroup, entries_of, scales_of
+from spanopt.patterns import check_same_layers
+from spanopt.scale import SpanScale
 
 __all__ = ["check_state", "extended", "take_parameters", "take_scales"]
 
@@ -71,21 +73,14 @@ def take_scales(
     names = [group["name"] for group in groups]
     if not nested:
         own = scales_of(saved)
-        absent = [name for name in names if name not in own]
-        others = sorted(set(own) - set(names))
     else:  # the wrapper inside has put its entries before those of this one
         entries = dict(enumerate(entries_of(saved)))
         last = {name: place for place, (name, _) in entries.items()}
         own = {name: entries.pop(last[name])[1] for name in names if name in last}
-        absent, others = [name for name in names if name not in own], []
         if entries:
             state_dict[_SCALES] = [saved[place] for place in entries]
-    if others or absent:
-        raise ValueError(
-            "the checkpoint's attention layers are not this model's: "
-            f"only in the checkpoint: {others}; only in the model: {absent}. Remove "
-            "'span_groups' from the state dict to load the optimizer's state alone"
-        )
+    advice = "Remove 'span_groups' from the state dict to load the optimizer's state alone"
+    check_same_layers(own, names, advice)
     return own
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Iterable
 
 from torch import Tensor
 
+from spanopt.patterns import pattern_for
 from spanopt.sites import AttentionSite
 
 __all__ = [
@@ -148,7 +147,7 @@ _PAST = {
 
 def _advice(missing: list[AttentionSite], scaled: list[AttentionSite]) -> str:
     """Return what to do about layers; for those that took no softmax, first to leave them alone."""
-    pattern = _pattern(missing, scaled)
+    pattern = pattern_for([site.name for site in missing], [site.name for site in scaled])
     alone = f"give it the scale None: scales={{..., {pattern!r}: None}}"
     if any(site.takes_softmax is not False for site in missing):
         return f"{BY_HAND}. If a layer is to be left alone, {alone}"
@@ -169,21 +168,6 @@ def _seen_in(sites: list[AttentionSite]) -> str:
         f"{'Each' if count > 1 else 'The'} {class_name} {seen}. "
         for (class_name, seen), count in kinds.items()
     )
-
-
-def _pattern(missing: list[AttentionSite], scaled: list[AttentionSite]) -> str:
-    """Return a pattern that matches layers and no others, or the name of the first."""
-    names = [site.name for site in missing]
-    if len(names) == 1:
-        return names[0]
-    last = {name.rpartition(".")[2] for name in names}
-    numbered = {re.sub(r"\d+", "*", name) for name in names}
-    candidates = [f"*.{part}" for part in last if not part.isdigit()] if len(last) == 1 else []
-    for pattern in candidates + (list(numbered) if len(numbered) == 1 else []):
-        others = fnmatch.filter([site.name for site in scaled], pattern)
-        if len(fnmatch.filter(names, pattern)) == len(names) and not others:
-            return pattern
-    return names[0]
 
 
 def unclear_mask(

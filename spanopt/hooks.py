@@ -12,10 +12,12 @@ from torch import nn
 
 from spanopt.compiling import run_eagerly
 from spanopt.errors import no_attention_called, not_scaled_since_step, unclear_mask
+from spanopt.groups import SpanGroup, scales_of
 from spanopt.node import Method
+from spanopt.patterns import check_same_layers
 from spanopt.plan import LayerPlan, claim, release
 from spanopt.probing import run_once
-from spanopt.scale import SpanGroup, SpanScale, scales_of
+from spanopt.scale import SpanScale
 from spanopt.sites import AttentionSite, named_modules
 from spanopt.table import table
 from spanopt.taps import HANDLERS
@@ -43,7 +45,7 @@ class SpanHooks:
 
     Attributes:
         sites: The attention layers of the model, scaled or not.
-        groups: One editable :class:`~spanopt.scale.SpanGroup` per scaled layer.
+        groups: One editable :class:`~spanopt.groups.SpanGroup` per scaled layer.
 
     Example:
         >>> from torch import nn
@@ -457,12 +459,7 @@ class SpanHooks:
             >>> hooks.load_state_dict(hooks.state_dict())
         """
         scales = scales_of(state_dict.get("span_groups"))
-        names = {group["name"] for group in self.groups}
-        if set(scales) != names:
-            raise ValueError(
-                "the checkpoint's attention layers are not this model's: only in the checkpoint: "
-                f"{sorted(set(scales) - names)}; only in the model: {sorted(names - set(scales))}"
-            )
+        check_same_layers(scales, [group["name"] for group in self.groups])
         self.set_scales(scales)
 
     def set_scales(self, scales: Mapping[str, SpanScale]) -> None:

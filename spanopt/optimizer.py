@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spanopt.checkpoint import check_state, extended, take_parameters, take_scales
+from spanopt.groups import SpanGroup
 from spanopt.hooks import SpanHooks
 from spanopt.installing import install
 from spanopt.plan import ProjectionLike, QKModules, Request, Scales, plan
 from spanopt.renaming import renamed
-from spanopt.scale import SpanGroup, SpanScale
+from spanopt.scale import SpanScale
 from spanopt.taps.tap import remove_stale
 
 __all__ = ["SpanScaledOptimizer"]

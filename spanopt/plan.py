@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from spanopt.errors import BY_HAND
 from spanopt.node import Method
+from spanopt.patterns import matching
 from spanopt.projection import check_ridge
-from spanopt.scale import ScaleLike, SpanScale, matching, resolve_scales
+from spanopt.scale import ScaleLike, SpanScale, resolve_scales
 from spanopt.setups import Setup, setup_name
 from spanopt.sites import AttentionSite, find_attention, is_inside, named_modules
 from spanopt.taps.projection import Projection, owns_projections, projections_of

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from spanopt import schedules
+from spanopt.groups import SpanGroup, scales_of
 from spanopt.hooks import SpanHooks
-from spanopt.scale import Factor, SpanGroup, SpanScale, matching, scales_of
+from spanopt.patterns import matching
+from spanopt.scale import Factor, SpanScale
 from spanopt.schedules import Schedule
 
 __all__ = ["SpanScheduler"]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from spanopt.scale import SpanGroup
+from spanopt.groups import SpanGroup
 from spanopt.sites import AttentionSite
 
 __all__ = ["aligned", "collapsed", "described", "table"]

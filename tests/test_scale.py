@@ -1,12 +1,10 @@
-import copy
 import math
-import pickle
 
 import numpy as np
 import pytest
 import torch
 
-from spanopt import SpanGroup, SpanScale
+from spanopt import SpanScale
 from spanopt.scale import resolve_scales
 
 NAMES = ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn", "decoder.layers.0.self_attn"]
@@ -128,61 +126,7 @@ def test_the_fields_make_an_equal_scale_again(scale):
     assert SpanScale.of(scale.fields()) == scale
 
 
-def test_a_group_is_edited_like_a_dict_and_reports_each_change():
-    changes = []
-    group = SpanGroup("a", SpanScale(2.0), changes.append)
-    group["parallel"] = 3
-    group.update(violation=0.5, key=(1, 1))
-    group |= {"query": [2, 2]}
-    assert group == {
-        "name": "a",
-        "parallel": 3.0,
-        "violation": 0.5,
-        "query": (2.0, 2.0),
-        "key": (1.0, 1.0),
-    }
-    assert changes[-1] == group.scale == SpanScale(3.0, 0.5, (2.0, 2.0), (1.0, 1.0))
-    assert len(changes) == 3
-
-
-def test_a_bad_edit_raises_and_changes_nothing():
-    changes = []
-    group = SpanGroup("a", SpanScale(2.0), changes.append)
-    before = dict(group)
-    for edit, error in (
-        ({"parallel": math.nan, "violation": 0.0}, ValueError),
-        ({"paralel": 1.0}, TypeError),
-        ({"name": "b"}, ValueError),
-    ):
-        with pytest.raises(error, match="a: "):
-            group.update(edit)
-    for removal in (group.clear, group.popitem, lambda: group.pop("parallel")):
-        with pytest.raises(TypeError, match="not added or removed"):
-            removal()
-    with pytest.raises(TypeError, match="not added or removed"):
-        del group["parallel"]
-    assert group == before
-    assert changes == []
-
-
-def test_a_copy_of_a_group_is_a_plain_dict():
-    group = SpanGroup("a", SpanScale(2.0), print)
-    for clone in (copy.deepcopy(group), copy.copy(group), pickle.loads(pickle.dumps(group))):
-        assert type(clone) is dict
-        assert clone == group
-
-
-def test_values_inside_a_group_cannot_be_changed_behind_its_back():
-    group = SpanGroup("a", SpanScale([1.0, 2.0], query=([1.0, 2.0], 1.0)))
-    for value in (group["parallel"], group["query"], group["query"][0]):
-        with pytest.raises(TypeError, match="item assignment"):
-            value[0] = 5.0
-
-
 @pytest.mark.parametrize("value", [10**400, -(10**400)])
 def test_a_number_that_no_float_holds_is_not_finite(value):
     with pytest.raises(ValueError, match="violation must be finite"):
         SpanScale(violation=value)
-    group = SpanGroup("attn", SpanScale(2.0, 1.0))
-    with pytest.raises(ValueError, match="attn: parallel must be finite"):
-        group["parallel"] = value
