@@ -20,23 +20,28 @@ Masks: TypeAlias = "Tensor | Mapping[str, Tensor | tuple[Tensor | None, Tensor |
 
 @contextlib.contextmanager
 def token_mask(masks: Masks) -> Iterator[None]:
-    """Say which tokens are real, for the forward passes inside.
+    """Say which tokens are real, for the forward passes inside the ``with`` block.
 
-    Spans are then those of the real tokens. Needed only where the mask that attention is given does
-    not tell: padding that only the loss knows, padded queries in cross-attention, attention that
-    is given no mask, and several documents packed into one sequence. It goes before the mask.
+    Spans are then those of the real tokens. This is needed where the attention mask does not tell
+    which tokens are real: padding that only the loss knows, padded queries in cross-attention,
+    attention without a mask, several documents packed into one sequence, and masks that are
+    refused because padding and a pattern of attention look the same in them. The token mask goes
+    before the attention mask.
 
     Args:
-        masks: A mask for queries and keys of all layers, or masks by layer name or pattern: one
-            for both sides, or ``(queries, keys)``, ``None`` leaving a side to the attention mask.
-            An exact name goes before patterns, a later pattern before an earlier one. A mask has
-            the shape ``(B, L)``; it is boolean, true at real tokens, or an integer, 0 at padding
-            and above 0 the number of the document, each of which gets a span of its own.
+        masks: One mask for the queries and keys of all layers, or a dict from layer names or
+            patterns to masks. A value of the dict is one mask for both sides, or a pair
+            ``(queries, keys)``, in which ``None`` leaves a side to the attention mask. An exact
+            name goes before patterns, and a later pattern before an earlier one. A mask has the
+            shape ``(B, L)``: B sequences of L tokens. It is boolean, true at real tokens; or it
+            holds integers, 0 at padding and from 1 on the number of the token's document. Each
+            document gets a span of its own.
 
     Raises:
-        TypeError: A mask that is no tensor, or of another dtype.
-        ValueError: A mask of another shape or with negative values, or a key that matches no
-            layer. Inside, a layer whose Q or K is of another shape.
+        TypeError: A mask is not a tensor, or it holds neither booleans nor integers.
+        ValueError: A mask has another number of dimensions or negative values, or a key of the
+            dict matches no layer. The forward pass raises it if a layer's Q or K has another
+            number of sequences or tokens.
 
     Example:
         >>> import torch
@@ -57,6 +62,7 @@ def token_mask(masks: Masks) -> Iterator[None]:
 
 
 def _by_name(masks: Masks, names: set[str]) -> dict[str, tuple[Tokens | None, Tokens | None]]:
+    """Return the tokens of queries and keys for each layer that a mask is given for."""
     if not isinstance(masks, Mapping):
         tokens = _tokens(masks)
         return dict.fromkeys(names, (tokens, tokens))
@@ -81,6 +87,7 @@ def _by_name(masks: Masks, names: set[str]) -> dict[str, tuple[Tokens | None, To
 
 
 def _tokens(mask: Tensor) -> Tokens:
+    """Return the tokens of one mask, after checking it."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"a token mask must be a tensor, got {type(mask).__name__}")
     if mask.ndim != 2:
@@ -101,7 +108,7 @@ def _tokens(mask: Tensor) -> Tokens:
 
 
 def _positions(documents: Tensor, count: int) -> Tensor:
-    """Return the positions of each document's tokens, filled up: shape (T, L), see node."""
+    """Return the positions of each document's tokens, one row a document, filled up at the end."""
     numbers = documents.long() + torch.arange(len(documents), device=documents.device)[:, None] * (
         count + 1
     )

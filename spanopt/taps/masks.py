@@ -185,7 +185,7 @@ def judge(
     2. nothing, if the mask is strictly causal: only the last key and the first query are closed;
     3. the closed keys, if every other token sees itself and is seen, and either the queries of
        the closed keys are closed too, or the open keys are one run of tokens which differs between
-       the sequences of the batch.
+       the sequences of the batch. No padding mask of the model may close some of them alone.
 
     In cross-attention keys and queries are judged apart, by 1 and by the runs of 3.
 
@@ -223,7 +223,13 @@ def judge(
 
 
 def _of_one_sequence(shown: Shown, n: int, padding: Sequence[Tensor]) -> Verdict:
-    """Judge a mask of self-attention."""
+    """Judge a mask of self-attention.
+
+    All of it is computed as tensors, so that nothing waits for a device. ``strict`` tells whether
+    the mask is strictly causal; its first token may see itself. ``unexplained`` tells whether more
+    is closed than such a mask closes. ``regular`` tells whether all open tokens are seen and see
+    themselves.
+    """
     assert shown.diagonal is not None
     queries, keys, own = (x.expand(len(x), n) for x in (shown.rows, shown.columns, shown.diagonal))
     position = torch.arange(n, device=keys.device)
@@ -234,9 +240,10 @@ def _of_one_sequence(shown: Shown, n: int, padding: Sequence[Tensor]) -> Verdict
     regular = ~(queries & keys & ~own).any() & ~(keys & ~queries).any()
     told = ~(~keys & queries).any() | (_are_runs(keys) & _differ(keys))
     by_value = keys | ~unexplained
-    real, agreed = _agreeing(keys, excused, padding)
-    real = torch.where(agreed, real, by_value)
-    return Verdict(real, real, unexplained & ~(regular & told) & ~agreed)
+    given = _agreeing(keys, excused, padding)
+    real = torch.where(given.agree, given.real, by_value)
+    clear = given.agree | (regular & told & ~given.fewer)
+    return Verdict(real, real, unexplained & ~clear)
 
 
 def _of_two_sequences(shown: Shown, n: int, m: int, padding: Sequence[Tensor]) -> Verdict:
@@ -247,28 +254,49 @@ def _of_two_sequences(shown: Shown, n: int, m: int, padding: Sequence[Tensor]) -
     seeing = queries | ~keys.any(-1, keepdim=True)
     sides = []
     for real in (seeing, keys):
-        given, agreed = _agreeing(real, torch.zeros_like(real[:1]), padding)
-        refused = ~real.all() & ~(_are_runs(real) & _differ(real)) & ~agreed
-        sides.append((torch.where(agreed, given, real), refused))
+        given = _agreeing(real, torch.zeros_like(real[:1]), padding)
+        refused = ~real.all() & ~(_are_runs(real) & _differ(real)) & ~given.agree
+        sides.append((torch.where(given.agree, given.real, real), refused))
     return Verdict(sides[0][0], sides[1][0], sides[0][1] | sides[1][1])
 
 
-def _agreeing(real: Tensor, excused: Tensor, padding: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return what padding masks say that agree with what a mask leaves open, and if there are any.
+class _Given(NamedTuple):
+    """What padding masks say of the tokens that an attention mask closes.
 
-    A mask agrees if it closes the same tokens, or fewer of those that are excused.
+    Attributes:
+        real: The tokens that are real by all padding masks that agree: shape ``(B, L)``.
+        agree: Whether any agrees: boolean, no dimension.
+        fewer: Whether any closes some of these tokens and no others: boolean, no dimension.
     """
-    result, found = torch.ones_like(real), torch.zeros_like(real[0, 0])
+
+    real: Tensor
+    agree: Tensor
+    fewer: Tensor
+
+
+def _agreeing(real: Tensor, excused: Tensor, padding: Sequence[Tensor]) -> _Given:
+    """Compare an attention mask with padding masks.
+
+    A padding mask agrees with an attention mask if both close the same tokens. A token that is
+    excused may be open in the padding mask and closed in the attention mask.
+
+    Args:
+        real: Where the attention mask is open: shape ``(B, L)``.
+        excused: Where it may be closed for another reason: broadcastable to ``(B, L)``.
+        padding: Shapes ``(batch, length)``.
+    """
+    result, agree, fewer = torch.ones_like(real), real.new_zeros(()), real.new_zeros(())
     for given in padding:
-        same = given.shape[1] == real.shape[1] and given.device == real.device
-        if not same or not _fits(len(given), len(real)):
+        if not _fits(given, real):
             continue
         for one in _open(given):
             one = _repeated(one, len(real))
-            different = ((one != real) & ~excused).any() | (~one & real).any()
+            others = (~one & real).any()
+            different = ((one != real) & ~excused).any() | others
             result = _and(result, one | different)
-            found = found | ~different
-    return result, found
+            agree = agree | ~different
+            fewer = fewer | (different & ~others & ~one.all())
+    return _Given(result, agree, fewer)
 
 
 def _open(mask: Tensor) -> list[Tensor]:
@@ -284,7 +312,7 @@ def _open(mask: Tensor) -> list[Tensor]:
 
 def _are_runs(real: Tensor) -> Tensor:
     """Return whether in every sequence the real tokens are one run."""
-    starts = (real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0]
+    starts = (real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, :1].sum(-1)
     return (starts < 2).all()
 
 
@@ -293,9 +321,11 @@ def _differ(real: Tensor) -> Tensor:
     return (real != real[:1]).any()
 
 
-def _fits(a: int, b: int) -> bool:
-    """Return whether one number of rows can stand for another, heads in the batch included."""
-    return a == 1 or b == 1 or a % b == 0 or b % a == 0
+def _fits(given: Tensor, real: Tensor) -> bool:
+    """Return whether a padding mask can be of these tokens, or of their heads in the batch."""
+    if given.shape[1] != real.shape[1] or given.device != real.device or not len(given):
+        return False
+    return len(real) == 1 or len(real) % len(given) == 0
 
 
 def _repeated(x: Tensor, rows: int) -> Tensor:
@@ -304,5 +334,6 @@ def _repeated(x: Tensor, rows: int) -> Tensor:
 
 
 def _and(a: Tensor, b: Tensor) -> Tensor:
+    """Return where both are true, of which one may have a row for each of the other's heads."""
     rows = max(len(a), len(b))
     return _repeated(a, rows) & _repeated(b, rows)

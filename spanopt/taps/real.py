@@ -22,9 +22,11 @@ class Tokens(NamedTuple):
     """The real tokens of Q or K.
 
     Attributes:
-        mask: Boolean, true at real tokens: shape ``(B, L)``, or what a node takes.
-        documents: Their positions by document, see
-            :func:`~spanopt.projection.rescale_by_document`.
+        mask: Boolean, true at real tokens. Its shape is ``(B, L)`` for tokens as the user gives
+            them, and broadcastable to ``(B, ..., L)`` for a node. ``None`` if all are real.
+        documents: Positions of tokens by document, an integer tensor of the shape ``(T, L')`` for
+            T documents, see :func:`~spanopt.projection.rescale_by_document`. ``None`` if each
+            sequence has one span.
     """
 
     mask: Tensor | None = None
@@ -44,15 +46,15 @@ def real_tokens(
         query: Shape ``(B, ..., N, d)`` or ``(N, d)``.
         key: Shape ``(B, ..., M, d)`` or ``(M, d)``.
         verdict: What the attention masks tell; ``None`` where they close nothing.
-        given: What the user says of queries and keys; a side that is not ``None`` goes before
-            the verdict.
+        given: Tokens of the queries and of the keys that the user gives, shape ``(B, L)``. A side
+            that is not ``None`` goes before the verdict.
         layer: Name of the layer, for the error.
 
     Returns:
         The real tokens for the node of Q and for the node of K.
 
     Raises:
-        ValueError: What is given is of another shape than Q or K.
+        ValueError: The user gives another number of sequences or of tokens than Q or K has.
 
     Example:
         >>> import torch
@@ -70,14 +72,14 @@ def real_tokens(
 
 
 def appended(tokens: Tokens, count: int) -> Tokens:
-    """Return tokens followed by others that are real, and of no document.
+    """Return tokens followed by others that are real and belong to no document.
 
     Args:
-        tokens: What is given.
-        count: How many the layer appends.
+        tokens: The tokens of each sequence, shape ``(B, L)``.
+        count: Number of keys that the layer appends to each sequence.
 
     Returns:
-        The longer tokens.
+        The tokens with the appended ones, shape ``(B, L + count)``.
 
     Example:
         >>> import torch
@@ -94,14 +96,14 @@ def appended(tokens: Tokens, count: int) -> Tokens:
 
 
 def by_document(tokens: Tokens, shape: torch.Size) -> Tensor | None:
-    """Return the documents given for (B, L) tokens, for a Q or K of this shape.
+    """Return the positions of documents in a Q or K of this shape.
 
     Args:
-        tokens: What is given.
-        shape: ``(B, ..., L, d)``, ``(B * H, L, d)`` or ``(L, d)``.
+        tokens: The tokens of each sequence, shape ``(B, L)``.
+        shape: Shape of Q or K: ``(B, ..., L, d)``, ``(B * H, L, d)`` or ``(L, d)``.
 
     Returns:
-        For the node; ``None`` where there are none or the shape is another.
+        The positions for the node; ``None`` if there are no documents or the shape does not fit.
 
     Example:
         >>> import torch
@@ -120,7 +122,7 @@ def by_document(tokens: Tokens, shape: torch.Size) -> Tensor | None:
 
 
 def _heads(tokens: Tokens, shape: torch.Size) -> int:
-    """Return the number of heads merged into the batch, 0 if the tokens are not of this shape."""
+    """Return the number of heads that are merged into the batch, 0 if the shape does not fit."""
     assert tokens.mask is not None
     rows, length = tokens.mask.shape
     batch = shape[0] if len(shape) > 2 else 1
@@ -131,19 +133,19 @@ def _heads(tokens: Tokens, shape: torch.Size) -> int:
 
 
 def given_tokens(tokens: Tokens | None, shape: torch.Size, side: str, layer: str) -> Tokens | None:
-    """Return what is given for (B, L) tokens, as a node on a Q or K of this shape takes it.
+    """Bring the tokens that the user gives into the form that a node on Q or K takes.
 
     Args:
-        tokens: What is given.
-        shape: ``(B, ..., L, d)``, ``(B * H, L, d)`` or ``(L, d)``.
+        tokens: The tokens of each sequence, shape ``(B, L)``; ``None`` if none are given.
+        shape: Shape of Q or K: ``(B, ..., L, d)``, ``(B * H, L, d)`` or ``(L, d)``.
         side: ``"query"`` or ``"key"``, for the error.
-        layer: Name of the layer, likewise.
+        layer: Name of the layer, for the error.
 
     Returns:
-        For the node; ``None`` where nothing is given.
+        The tokens for the node; ``None`` if none are given.
 
     Raises:
-        ValueError: The shape is another.
+        ValueError: The number of sequences or of tokens is not that of Q or K.
 
     Example:
         >>> import torch
@@ -166,7 +168,7 @@ def given_tokens(tokens: Tokens | None, shape: torch.Size, side: str, layer: str
 
 
 def _fit(real: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """Bring (B, L), (B, 1) or (1, L) into the batch dimension that Q or K of this shape has."""
+    """Bring a mask (B, L), (B, 1) or (1, L) into the batch that Q or K of this shape has."""
     if real is None:
         return None
     if len(shape) == 2:
