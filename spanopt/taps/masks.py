@@ -307,7 +307,7 @@ def _open(mask: Tensor) -> list[Tensor]:
     """
     if mask.dtype == torch.bool:
         return [mask, ~mask]
-    return [mask > 0, allowed(mask)] if mask.is_floating_point() else [mask > 0]
+    return [mask > 0, allowed(mask)] if mask.dtype.is_floating_point else [mask > 0]
 
 
 def _are_runs(real: Tensor) -> Tensor:
