@@ -13,9 +13,9 @@ __all__ = ["SpanGroup", "entries_of", "scales_of"]
 class SpanGroup(dict[str, Any]):
     """The scales of one attention layer, as an editable dict: an entry of ``span_groups``.
 
-    Fields ``name`` (fixed), ``parallel``, ``violation``, ``query`` and ``key``, as in
-    :class:`SpanScale`. An assignment is checked at once and takes effect from the next forward pass
-    on; a bad one raises and changes nothing.
+    Its fields are ``name``, which is fixed, and ``parallel``, ``violation``, ``query`` and ``key``
+    with the meaning that they have in :class:`~spanopt.SpanScale`. An assignment is checked at once
+    and takes effect from the next forward pass on; a bad one raises and changes nothing.
 
     Example:
         >>> group = SpanGroup("blocks.0.attn", SpanScale(2.0, 1.0))

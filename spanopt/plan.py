@@ -31,7 +31,7 @@ __all__ = [
     "release",
 ]
 
-Scales: TypeAlias = "Mapping[str, ScaleLike | None] | SpanScale | None"
+Scales: TypeAlias = "Mapping[str, ScaleLike | None] | ScaleLike | None"
 """Scales by layer name or pattern, or one scale for all layers."""
 
 ProjectionLike: TypeAlias = "str | Setup | Mapping[str, str | Setup]"

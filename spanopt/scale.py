@@ -21,16 +21,17 @@ _SIDES = ("query", "key")
 class SpanScale:
     """Factors for the parallel span and the span violation of one attention layer's gradients.
 
-    The gradient g of Q becomes ``parallel * P g + violation * (g - P g)``, P the projector onto the
-    column space of Q; likewise for K.
+    The gradient g of Q becomes ``parallel * P g + violation * (g - P g)``, where P is the projector
+    onto the column space of Q. For the gradient of K, P is the projector onto the column space of
+    K.
 
     Args:
         parallel: Factor of the parallel span: a finite number, or a sequence of one per head
             (query heads on the query side; under grouped-query attention the key side takes one
             per key/value head).
-        violation: Factor of the violation, likewise.
-        query: ``(parallel, violation)`` for the query side, in place of the two above.
-        key: ``(parallel, violation)`` for the key side, likewise.
+        violation: Factor of the violation: a finite number, or a sequence of one per head.
+        query: ``(parallel, violation)`` for the query side, in place of the first two.
+        key: ``(parallel, violation)`` for the key side, in place of the first two.
 
     Raises:
         TypeError: A factor that is not a number or a sequence of numbers, or a side that is not a
@@ -91,7 +92,7 @@ class SpanScale:
 
         Raises:
             TypeError: Anything else, or a mapping with an unknown field.
-            ValueError: As in :class:`SpanScale`.
+            ValueError: A factor that is not finite, or an empty sequence.
 
         Example:
             >>> SpanScale.of((2.0, 0.5)) == SpanScale.of({"parallel": 2.0, "violation": 0.5})
@@ -134,7 +135,7 @@ ScaleLike: TypeAlias = (
 
 
 def resolve_scales(
-    scales: Mapping[str, ScaleLike | None] | SpanScale | None, names: Sequence[str]
+    scales: Mapping[str, ScaleLike | None] | ScaleLike | None, names: Sequence[str]
 ) -> dict[str, SpanScale | None]:
     """Give each attention layer its scale.
 
@@ -143,8 +144,8 @@ def resolve_scales(
     dict wins. A layer that no key matches is left alone, as is one whose value is ``None``.
 
     Args:
-        scales: The dict; one :class:`SpanScale` for all layers; ``None`` for the default scale,
-            which changes nothing, on all layers.
+        scales: The dict; one :class:`SpanScale` or ``(parallel, violation)`` pair for all layers;
+            ``None`` for the default scale, which changes nothing, on all layers.
         names: The names of the model's attention layers.
 
     Returns:
@@ -161,10 +162,13 @@ def resolve_scales(
     """
     if scales is None:
         scales = SpanScale()
-    if isinstance(scales, SpanScale):
-        scales = {"*": scales}
+    if isinstance(scales, SpanScale) or (_is_sequence(scales) and len(scales) == 2):
+        scales = {"*": SpanScale.of(scales)}
     if not isinstance(scales, Mapping):
-        raise TypeError(f"scales must be a dict from layer names to scales, got {scales!r}")
+        raise TypeError(
+            "scales must be a dict from layer names to scales, or one scale or (parallel, "
+            f"violation) pair for all layers, got {scales!r}"
+        )
     if not scales:
         raise ValueError("scales is empty: it would scale no layer; use {'*': SpanScale()} for all")
     resolved: dict[Any, SpanScale | None] = {}

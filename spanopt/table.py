@@ -11,16 +11,25 @@ from spanopt.sites import AttentionSite
 
 __all__ = ["aligned", "collapsed", "described", "table"]
 
+_TAPS = {
+    "score": "in the call of scaled_dot_product_attention",
+    "packed": "in nn.MultiheadAttention",
+    "softmax": "in attention written out as a product and a softmax",
+    "projection": "in the modules that qk_modules names",
+    "?": "not known before a forward pass",
+}
+
 
 def table(sites: Iterable[AttentionSite], groups: Iterable[SpanGroup]) -> str:
-    """Describe the attention layers of a model and their scales, a line per layer.
+    """Describe the attention layers of a model and their scales; equal layers share a line.
 
     Args:
         sites: The attention layers.
         groups: The scales of those that are scaled.
 
     Returns:
-        A text table: layer, class, tap, heads, head dimension, scales.
+        A text table with layer, class, tap, heads, head dimension and scales, and under it what the
+        taps are.
 
     Example:
         >>> from torch import nn
@@ -29,18 +38,20 @@ def table(sites: Iterable[AttentionSite], groups: Iterable[SpanGroup]) -> str:
         >>> print(table(hooks.sites, hooks.groups))
         layer      class               tap     heads  head dim  query (par, vio)  key (par, vio)
         self_attn  MultiheadAttention  packed  2      4         2.0, 1.0          2.0, 1.0
+        tap: where Q and K are reached. packed: in nn.MultiheadAttention
     """
     scale_of = {group["name"]: group.scale for group in groups}
-    rows: list[Sequence[str]] = [
-        ("layer", "class", "tap", "heads", "head dim", "query (par, vio)", "key (par, vio)")
-    ]
+    head = ("layer", "class", "tap", "heads", "head dim", "query (par, vio)", "key (par, vio)")
+    rows: list[Sequence[str]] = []
     for site in sites:
         scales = ["left alone", "left alone"]
         if site.name in scale_of:
             scale = scale_of[site.name]
             scales = [", ".join(map(str, scale.side(side))) for side in ("query", "key")]
         rows.append((*described(site), *scales))
-    return aligned(rows)
+    taps = [f"{tap}: {text}" for tap, text in _TAPS.items() if any(row[2] == tap for row in rows)]
+    legend = f"tap: where Q and K are reached. {'; '.join(taps)}"
+    return "\n".join((aligned([head, *collapsed(rows)]), *([legend] if taps else [])))
 
 
 def described(layer: Any) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from spanopt import SpanScale, SpanScaledOptimizer, UnscaledLayerError
+from spanopt import SpanScale, SpanScaledOptimizer, UnscaledLayerError, attach
 
 
 @pytest.fixture
@@ -456,6 +456,32 @@ def test_print_shows_what_was_decided(model, batch):
     assert row in lines
     assert any(line.startswith("blocks.1.attn") and "left alone" in line for line in lines)
     assert "AdamW (" in lines
+
+
+def test_print_puts_equal_layers_in_one_line_and_explains_the_taps():
+    model = Decoder(layers=4)
+    optimizer = wrap(model)
+    lines = str(optimizer).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:3]] == [
+        "layer",
+        "blocks.0.attn to blocks.3.attn",
+    ]
+    assert lines[3].startswith("tap: where Q and K are reached. score: in the call of scaled_dot")
+    optimizer.span_groups[3]["parallel"] = 5.0
+    lines = str(optimizer).splitlines()
+    assert [line.split("  ")[0] for line in lines[2:4]] == [
+        "blocks.0.attn to blocks.2.attn",
+        "blocks.3.attn",
+    ]
+
+
+@pytest.mark.parametrize("scales", [(3.0, 0.5), [3.0, 0.5]])
+def test_a_pair_for_scales_is_for_all_layers(model, scales):
+    optimizer = wrap(model, scales=scales)
+    assert {(g["parallel"], g["violation"]) for g in optimizer.span_groups} == {(3.0, 0.5)}
+    optimizer.detach()
+    with attach(model, scales) as hooks:
+        assert len(hooks.groups) == len(optimizer.model.blocks)
 
 
 def test_detach_gives_model_and_optimizer_back(batch):
