@@ -52,7 +52,7 @@ def attach(
         qk_modules: Where Q and K are in layers whose attention can't be seen, such as one in a
             kernel of its own, by layer name or pattern:
             ``{"blocks.0.attn": {"query": "wq", "key": "wk", "num_heads": 8}}``. See
-            :func:`~spanopt.taps.projection.projections_of` for fused outputs.
+            :func:`~spanopt.taps.layouts.read_layouts` for fused outputs.
         example_inputs: Inputs for one forward pass that checks now what only a forward pass can
             tell: a tuple of positional arguments, a dict of keyword arguments, or one argument.
             Random state and the values of buffers are restored after it.

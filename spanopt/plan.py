@@ -18,7 +18,7 @@ from spanopt.projection import check_ridge
 from spanopt.scale import ScaleLike, SpanScale, resolve_scales
 from spanopt.setups import Setup, setup_name
 from spanopt.sites import AttentionSite, find_attention, is_inside, named_modules
-from spanopt.taps.projection import Projection, owns_projections, projections_of
+from spanopt.taps.layouts import OutputLayout, owns_modules, read_layouts
 
 __all__ = [
     "LayerPlan",
@@ -110,7 +110,7 @@ class LayerPlan:
     site: AttentionSite
     scale: SpanScale | None
     method: Method
-    outputs: list[Projection] | None = None
+    outputs: list[OutputLayout] | None = None
 
 
 def plan(
@@ -231,7 +231,7 @@ def _named_by_user(
     model: nn.Module,
     sites: list[AttentionSite],
     qk_modules: Mapping[str, Mapping[str, Any]],
-) -> tuple[list[AttentionSite], dict[str, list[Projection]]]:
+) -> tuple[list[AttentionSite], dict[str, list[OutputLayout]]]:
     """Return the sites with those that the user says where Q and K are in, and where."""
     if not isinstance(qk_modules, Mapping):
         raise TypeError(
@@ -241,14 +241,14 @@ def _named_by_user(
     if not qk_modules:
         return sites, {}
     modules = dict(named_modules(model))
-    outputs: dict[str, list[Projection]] = {}
+    outputs: dict[str, list[OutputLayout]] = {}
     for pattern, spec in qk_modules.items():
         matched = [pattern]
         if pattern not in modules:
             matched = [
                 name
                 for name in fnmatch.filter(modules, pattern)
-                if owns_projections(modules[name], spec)
+                if owns_modules(modules[name], spec)
             ]
         if not matched:
             raise ValueError(
@@ -259,7 +259,7 @@ def _named_by_user(
         for name in matched:
             if name in outputs:
                 raise ValueError(f"qk_modules: layer {name!r} is matched more than once")
-            outputs[name] = projections_of(name, modules[name], spec)
+            outputs[name] = read_layouts(name, modules[name], spec)
     by_name = {site.name: site for site in sites}
     for name in outputs:
         by_name = {other: site for other, site in by_name.items() if not is_inside(other, name)}

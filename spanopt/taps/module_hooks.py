@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from spanopt.taps.layouts import OutputLayout
 from spanopt.taps.padding import NotedMasks, is_padding_name, padding_masks
-from spanopt.taps.projection import Projection, ProjectionTap
+from spanopt.taps.projection import ProjectionTap
 from spanopt.taps.tap import Tap, thread
 
 __all__ = ["Enter", "Hook", "Leave", "NoteMasks", "Output", "Projected", "drop_inert", "no_hook"]
@@ -72,7 +73,7 @@ class Projected(Hook):
 class Output(Hook):
     """A forward hook on a module whose output is Q or K: the tap puts nodes on the output."""
 
-    def __init__(self, tap: ProjectionTap, projection: Projection) -> None:
+    def __init__(self, tap: ProjectionTap, projection: OutputLayout) -> None:
         super().__init__(tap)
         self.projection = projection
 

@@ -6,184 +6,21 @@ rotary embedding, QK-norm and anything else that the layer does to them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spanopt.node import Method, multiplied, rescale_tokens
 from spanopt.scale import SpanScale
 from spanopt.setups import NEED_OTHER
 from spanopt.sites import AttentionSite
+from spanopt.taps.layouts import OutputLayout
 from spanopt.taps.real import Tokens, given_tokens
 from spanopt.taps.tap import Tap, thread
 from spanopt.taps.watcher import Watched, Watcher
 
-__all__ = ["Projection", "ProjectionTap", "owns_projections", "projections_of"]
-
-_PARTS = {
-    "query": ("query",),
-    "key": ("key",),
-    "qkv": ("query", "key", "value"),
-    "qk": ("query", "key"),
-    "kv": ("key", "value"),
-}
-_OPTIONS = ("num_heads", "num_kv_heads", "layout", "batch_first", "in_place")
-_LAYOUTS = ("concatenated", "interleaved")
-
-
-@dataclass(frozen=True)
-class Projection:
-    """How Q or K or both lie in the output of one module, shape ``(..., N, blocks * width * d)``.
-
-    Attributes:
-        name: The module, relative to its layer.
-        module: The module.
-        blocks: Number of blocks of heads: 1 where queries and keys are concatenated, the number of
-            key heads where they are interleaved.
-        width: Heads in a block.
-        sides: ``"query"`` and ``"key"`` with the first of their heads in a block and how many.
-        batch_first: Whether the output is (B, N, features), and not (N, B, features).
-        in_place: Whether the layer changes the output in place, and therefore gets a copy.
-    """
-
-    name: str
-    module: nn.Module
-    blocks: int
-    width: int
-    sides: tuple[tuple[str, int, int], ...]
-    batch_first: bool = True
-    in_place: bool = False
-
-    def check(self, layer: str, features: int) -> None:
-        """Refuse a number of output features that is no multiple of the number of heads.
-
-        Args:
-            layer: Name of the layer.
-            features: Size of the last dimension of the output.
-
-        Raises:
-            ValueError: It is none.
-        """
-        if features % (self.blocks * self.width):
-            raise ValueError(
-                f"layer {layer!r}: {self.name!r} has {features} output features, which do not "
-                f"divide into the {self.blocks * self.width} heads that qk_modules={{...}} says"
-            )
-
-
-def projections_of(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> list[Projection]:
-    """Read one entry of ``qk_modules``.
-
-    Args:
-        layer: Name of the layer.
-        module: The layer.
-        spec: ``query`` and ``key``, or ``qkv``, or ``qk``, or ``query`` and ``kv``: names of
-            modules in the layer, ``qkv``, ``qk`` and ``kv`` with several in one output.
-            ``num_heads``, and ``num_kv_heads`` where there are fewer. ``layout`` of fused outputs:
-            ``"concatenated"`` (all of Q, then all of K, ...; default) or ``"interleaved"`` (for
-            each key head its query heads, then itself, then its value head). ``batch_first``:
-            false where outputs have the shape (N, B, features); default true. ``in_place``: true
-            where the layer changes the outputs in place, which then costs a copy of each; default
-            false.
-
-    Returns:
-        A projection for each module.
-
-    Raises:
-        TypeError: ``spec`` is no mapping.
-        ValueError: Fields that are unknown, missing or contradictory; a module that is not there;
-            sizes that do not divide.
-
-    Example:
-        >>> layer = nn.Module()
-        >>> layer.c_attn = nn.Linear(16, 48)
-        >>> (projection,) = projections_of("attn", layer, {"qkv": "c_attn", "num_heads": 4})
-        >>> projection.sides
-        (('query', 0, 4), ('key', 4, 4))
-    """
-    if not isinstance(spec, Mapping):
-        raise TypeError(
-            f"qk_modules[{layer!r}] must be a dict such as "
-            f'{{"query": "wq", "key": "wk", "num_heads": 8}}, got {type(spec).__name__}'
-        )
-    unknown = set(spec) - {*_PARTS, *_OPTIONS}
-    given = [part for part in _PARTS if part in spec]
-    if unknown or set(given) not in ({"query", "key"}, {"qkv"}, {"qk"}, {"query", "kv"}):
-        raise ValueError(
-            f"qk_modules[{layer!r}] must name 'query' and 'key', or 'qkv', or 'qk', or 'query' "
-            f"and 'kv', and 'num_heads', and may have {', '.join(map(repr, _OPTIONS[1:]))}; got "
-            f"{sorted(map(str, spec))}"
-        )
-    heads: Any = spec.get("num_heads")
-    layout = spec.get("layout", "concatenated")
-    kv_heads: Any = spec.get("num_kv_heads", heads)
-    for count in (heads, kv_heads):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(
-                f"qk_modules[{layer!r}]: num_heads and num_kv_heads must be whole numbers of at "
-                f"least 1, got {heads!r} and {kv_heads!r}"
-            )
-    if heads % kv_heads:
-        raise ValueError(
-            f"qk_modules[{layer!r}]: {heads} query heads do not divide into groups for "
-            f"{kv_heads} key heads"
-        )
-    if layout not in _LAYOUTS:
-        raise ValueError(f"qk_modules[{layer!r}]: layout must be one of {_LAYOUTS}, got {layout!r}")
-    batch_first, in_place = spec.get("batch_first", True), spec.get("in_place", False)
-    for option, value in (("batch_first", batch_first), ("in_place", in_place)):
-        if not isinstance(value, bool):
-            raise ValueError(
-                f"qk_modules[{layer!r}]: {option} must be True or False, got {value!r}"
-            )
-    if "key" in spec and spec["key"] == spec["query"]:
-        raise ValueError(
-            f"qk_modules[{layer!r}]: {spec['key']!r} is named as 'query' and as 'key': one tensor "
-            "for both has one gradient, of which nothing tells the sides apart; write "
-            "q = spanopt.span_node(q, parallel, violation) and the same for k in the layer instead"
-        )
-    result = []
-    for part in given:
-        name = spec[part]
-        try:
-            owner = module.get_submodule(name)
-        except AttributeError as error:
-            children = [child for child, _ in module.named_children()]
-            raise ValueError(
-                f"qk_modules[{layer!r}]: {part!r} names {name!r}, which the layer does not have; "
-                f"it has {children}"
-            ) from error
-        blocks = kv_heads if layout == "interleaved" and len(_PARTS[part]) > 1 else 1
-        sides, first = [], 0
-        for side in _PARTS[part]:
-            count = (heads if side == "query" else kv_heads) // blocks
-            if side != "value":
-                sides.append((side, first, count))
-            first += count
-        projection = Projection(name, owner, blocks, first, tuple(sides), batch_first, in_place)
-        features = getattr(owner, "out_features", getattr(owner, "nf", None))
-        if isinstance(features, int):
-            projection.check(layer, features)
-        result.append(projection)
-    return result
-
-
-def owns_projections(module: nn.Module, spec: Mapping[str, Any]) -> bool:
-    """Return whether a module has the modules that one entry of ``qk_modules`` names.
-
-    Args:
-        module: Any module.
-        spec: As in :func:`projections_of`.
-
-    Example:
-        >>> owns_projections(nn.MultiheadAttention(8, 2), {"query": "wq", "key": "wk"})
-        False
-    """
-    names = {name for name, _ in module.named_modules()}
-    return all(spec[part] in names for part in _PARTS if part in spec)
+__all__ = ["ProjectionTap"]
 
 
 class ProjectionTap(Tap):
@@ -198,7 +35,7 @@ class ProjectionTap(Tap):
         site: AttentionSite,
         scale: SpanScale,
         method: Method,
-        projections: list[Projection],
+        projections: list[OutputLayout],
     ) -> None:
         if method.setup in NEED_OTHER:
             raise ValueError(
@@ -209,7 +46,7 @@ class ProjectionTap(Tap):
         self._shapes: dict[str, torch.Size] = {}
         super().__init__(site, scale, method, {})
 
-    def on_output(self, projection: Projection, output: Tensor) -> Tensor:
+    def on_output(self, projection: OutputLayout, output: Tensor) -> Tensor:
         """Put the node on a module's output.
 
         Args:
@@ -273,7 +110,7 @@ class ProjectionTap(Tap):
     def _watch(
         self,
         watcher: Watcher,
-        projection: Projection,
+        projection: OutputLayout,
         output: Tensor,
         settings: list[Any],
         result: Tensor,
