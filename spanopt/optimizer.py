@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +51,17 @@ def _passed_on(name: str) -> Any:
 
 class _Lease:
     """What a wrapper and its shallow copies hold together; the hooks go when nobody does."""
+
+
+def _runs_step_hooks(optimizer: Any) -> bool:
+    """Return whether ``step`` of an optimizer is PyTorch's, which runs its hooks."""
+    return (
+        isinstance(optimizer, Optimizer)
+        and all(name in vars(optimizer) for name in _HOOK_TABLES)
+        and getattr(type(optimizer).step, "hooked", False)
+        # A scheduler puts a function of its own around the step of one optimizer.
+        and ("step" not in vars(optimizer) or hasattr(optimizer.step, "_wrapped_by_lr_sched"))
+    )
 
 
 class SpanScaledOptimizer(Optimizer):
@@ -206,25 +217,61 @@ class SpanScaledOptimizer(Optimizer):
             >>> optimizer = SpanScaledOptimizer(sgd, model, SpanScale(2.0))
             >>> optimizer.step()  # no backward pass yet, nothing to do
         """
-        for pre_hook in self._optimizer_step_pre_hooks.values():
-            changed = pre_hook(self, (self, *args), kwargs)
-            if changed is not None:
-                (_, *args), kwargs = changed  # type: ignore[assignment]
-        result = self._step(*args, **kwargs)
-        for post_hook in self._optimizer_step_post_hooks.values():
-            post_hook(self, (self, *args), kwargs)
-        return result
+        if not _runs_step_hooks(self.optimizer):
+            (_, *args), kwargs = self._before_step(self, (self, *args), kwargs)  # type: ignore[assignment]
+            result = self._step(*args, **kwargs)
+            self._after_step(self, (self, *args), kwargs)
+            return result
+        # Within those of the wrapped step: global hooks are the first before it and the last after.
+        before = self.optimizer._optimizer_step_pre_hooks
+        after = self.optimizer._optimizer_step_post_hooks
+        key: Any = ("SpanScaledOptimizer", id(self))
+        before[key], after[key] = self._before_step, self._after_step
+        before.move_to_end(key, last=False)  # type: ignore[attr-defined]
+        try:
+            return self._step(*args, **kwargs)
+        finally:
+            before.pop(key, None)
+            after.pop(key, None)
 
     # Optimizer would add the global step hooks, which the wrapped step runs already.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Run the hooks for before a step: a hook of the wrapped optimizer itself."""
+        _, *rest = args
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            changed = pre_hook(self, (self, *rest), kwargs)
+            if changed is not None:
+                (_, *rest), kwargs = changed
+        rest, kwargs = self._with_checks(rest, kwargs)
+        return (optimizer, *rest), kwargs
+
+    def _after_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Run the hooks for after a step: a hook of the wrapped optimizer itself."""
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, (self, *args[1:]), kwargs)
+
+    def _with_checks(
+        self, args: Iterable[Any], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments of a step with a closure that checks what it did; check at once if
+        there is none.
+        """
+        args = list(args)
         if args and callable(args[0]):
-            args = (self._checked(args[0]), *args[1:])
+            args[0] = self._checked(args[0])
         elif callable(kwargs.get("closure")):
             kwargs = {**kwargs, "closure": self._checked(kwargs["closure"])}
         else:
             self._check_seen()
+        return args, kwargs
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
         result = self.optimizer.step(*args, **kwargs)
         self.hooks.forget()
         self._marks = {

@@ -175,6 +175,45 @@ def test_every_hook_fires_once_a_step(model):
     assert len(fired) == 5
 
 
+@pytest.mark.parametrize("how", ["", "scheduled", "nested", "no torch optimizer"])
+def test_step_hooks_run_in_the_order_of_the_bare_optimizer(model, how):
+    inner = AdamW(model.parameters())
+    scales = {"blocks.0.attn": (2.0, 1.0)}
+    if how == "no torch optimizer":
+        inner = torch_optimizer.Lookahead(inner)
+    if how == "nested":
+        inner = SpanScaledOptimizer(inner, model, {"blocks.1.attn": (2.0, 1.0)})
+    optimizer = SpanScaledOptimizer(inner, model, scales)
+    if how == "scheduled":
+        LambdaLR(inner, lambda step: 1.0)
+    fired = []
+
+    def note(name):
+        return lambda o, args, kwargs: fired.append(name)
+
+    handles = [
+        optimizer.register_step_pre_hook(note("local pre")),
+        optimizer.register_step_post_hook(note("local post")),
+        register_optimizer_step_pre_hook(note("global pre")),
+        register_optimizer_step_post_hook(note("global post")),
+    ]
+    if how == "nested":
+        handles += [
+            inner.register_step_pre_hook(note("inner pre")),
+            inner.register_step_post_hook(note("inner post")),
+        ]
+    train(model, optimizer, 2)
+    for handle in handles:
+        handle.remove()
+    inside = {"nested": ["inner pre", "inner post"]}.get(how, [])
+    expected = ["global pre", "local pre", *inside, "local post", "global post"]
+    if how == "no torch optimizer":  # it takes no hooks, and what is in it runs the global ones
+        expected = ["local pre", "global pre", "global post", "local post"]
+    assert fired == 2 * expected
+    train(model, optimizer)
+    assert len(fired) == 2 * len(expected), "no hook is left behind"
+
+
 def test_a_step_pre_hook_can_replace_the_closure(model, batch):
     optimizer = wrap(model)
 
