@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from kernel import by_cholesky, by_qr
 from speed.measure import add_options, start, write
-from tables import markdown
 from torch import Tensor
 
 from spanopt import project
+from spanopt.compare.drawing import markdown
 
 DTYPES = {
     "float64": torch.float64,

@@ -21,7 +21,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from speed.measure import three
-from tables import markdown
+
+from spanopt.compare.drawing import markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed"

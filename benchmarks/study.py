@@ -22,7 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.experiment import NEAR_NULL, TUNING_SEEDS, Experiment
-from harness.report import Report, save
+from harness.partial import drawn_by_rate
+from harness.report import Report
 from harness.runner import run_experiments
 from harness.store import Store
 from harness.tasks import Text
@@ -31,6 +32,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from speed.measure import three
+
+from spanopt.compare.drawing import save
 
 RESULTS = Path(__file__).parent / "results"
 TEMPLATE = Path(__file__).parent / "evidence.in.md"
@@ -443,7 +446,7 @@ def in_order() -> Iterator[Experiment]:
     for half in halves:
         yield from (e.part(main, half) for e in rest)
     yield from (e.part(RATE_ARMS, slice(0, 8)) for e in (*AT_LOW_RATE, *rest))
-    yield from (*AT_RATE.values(), *LONG_AT_RATE)
+    yield from AT_RATE.values()
 
 
 QUICK = Experiment(
@@ -464,7 +467,8 @@ GROUPS = {
     "rivals": [RIVALS],
     "tasks": TASKS,
     "sizes": [*SIZES[:1], *PROTOTYPES, *SIZES[1:]],
-    "rates": [*AT_RATE.values(), *LONG_AT_RATE],
+    "rates": [*AT_RATE.values()],
+    "long-rates": LONG_AT_RATE,
 }
 # The comparisons of (2, 1) with plain in other settings than the first.
 SETTINGS = [SUBWORDS, *HEAD_DIMS, *LENGTHS, *OPTIMIZERS, *TASKS, *SIZES]
@@ -609,6 +613,7 @@ def step_times() -> dict[str, dict[str, str]]:
     return times
 
 
+DRAWN = ["(2, 1)", "uniform (2, 2)", "(1, 2)", "(2, 1), pooled", "plain, rate x 1.1"]
 FIGURES: dict[str, Callable[[Report], Figure]] = {
     "primary": lambda report: report.forest(PRIMARY),
     "rates": lambda report: report.rates(
@@ -618,6 +623,7 @@ FIGURES: dict[str, Callable[[Report], Figure]] = {
     "paths": lambda report: report.forest(PATHS),
     "shares": lambda report: report.shares(SHARES),
     "grid": lambda report: report.heatmap(GRID, FACTORS),
+    "fixed-rates": lambda report: drawn_by_rate([*AT_RATE.values()], DRAWN, report.store),
     "settings": lambda report: report.forest_of_settings(SETTINGS, ["(2, 1)", "uniform (2, 2)"]),
 }
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from spanopt import __version__
+from spanopt.compare.command import add_command, run_command
 from spanopt.inspection import inspect_model
 
 __all__ = ["main"]
@@ -62,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--attn", metavar="NAME", help="attn_implementation for --hf, such as eager"
     )
     command.add_argument("--json", action="store_true", help="print JSON")
+    add_command(commands)
     options = parser.parse_args(arguments)
+    if options.command == "compare":
+        return run_command(options)
     try:
         if options.hf is not None:
             subject, inputs = _from_config(options.hf, options.attn), None

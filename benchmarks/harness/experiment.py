@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from harness.store import Store
 from harness.trial import Trial
+from spanopt.compare.grid import Grid
+from spanopt.compare.planning import Plan, Results
 
 __all__ = ["NEAR_NULL", "TUNING_SEEDS", "Experiment"]
 
@@ -17,7 +18,7 @@ NEAR_NULL = 1.0001
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Plan[Trial]):
     """Arms that are compared on the same seeds.
 
     The learning rate of an arm is chosen on the tuning split by the mean over ``tuning_seeds``,
@@ -64,77 +65,36 @@ class Experiment:
         """Return the seeds that an arm is compared on."""
         return self.seeds[: self.fewer.get(arm)]
 
-    def sweep(self, arm: str, lr: float) -> list[Trial]:
-        """Return the trials that tell how good a learning rate is for an arm."""
-        return [replace(self.arms[arm], lr=lr, seed=seed) for seed in self.tuning_seeds]
+    @property
+    def tuning(self) -> tuple[int, ...]:
+        """The seeds that learning rates are chosen on."""
+        return self.tuning_seeds
 
-    def swept(self, arm: str, store: Store) -> dict[float, float]:
-        """Return the mean loss on the tuning split at every rate that has been run for an arm.
+    @property
+    def values(self) -> Grid:
+        """The grid of learning rates."""
+        return Grid(self.lrs, EXTENSIONS, refine=True)
 
-        A rate at which a run diverged has an infinite one.
-        """
-        losses = {}
-        for lr in self.grid():
-            results = [store.get(trial) for trial in self.sweep(arm, lr)]
-            known = [result["tuning"] for result in results if result is not None]
-            if None in known:  # one that diverged is enough to tell
-                losses[lr] = math.inf
-            elif len(known) == len(results):
-                losses[lr] = math.fsum(known) / len(known)
-        return losses
+    def value_from(self, arm: str) -> str:
+        """Return the arm whose learning rate this one takes."""
+        return self.lr_of.get(arm, arm)
 
-    def grid(self) -> list[float]:
-        """Return every learning rate that may be tried, each other one a step of refinement."""
-        count = len(self.lrs) - 1 + 2 * EXTENSIONS
-        coarse = self.lrs[0] / 2**EXTENSIONS
-        return [float(f"{coarse * 2 ** (n / 2):.4g}") for n in range(2 * count + 1)]
+    def trial(self, arm: str, value: float | None, seed: int) -> Trial:
+        """Return the trial of an arm at a learning rate, with a seed."""
+        assert value is not None
+        return replace(self.arms[arm], lr=value, seed=seed)
 
-    def wanted_lrs(self, arm: str, store: Store) -> list[float]:
-        """Return the rates that an arm still has to be tried at."""
-        losses = self.swept(arm, store)
-        missing = [lr for lr in self.lrs if lr not in losses]
-        if missing:
-            return missing
-        grid = self.grid()
-        best = grid.index(min(losses, key=lambda lr: losses[lr]))
-        for step in (2, 1):  # the neighbours of the best one, and then those half as far
-            beside = [grid[n] for n in (best - step, best + step) if 0 <= n < len(grid)]
-            if best % 2 == 0 and any(lr not in losses for lr in beside):
-                return [lr for lr in beside if lr not in losses]
-        return []
+    def tuning_loss(self, result: Mapping[str, Any]) -> float | None:
+        """Return the loss on the tuning split."""
+        loss: float | None = result["tuning"]
+        return loss
 
-    def best_lr(self, arm: str, store: Store) -> float | None:
-        """Return the learning rate chosen for an arm, ``None`` while it is not known."""
+    def best(self, arm: str, store: Results) -> float | None:
+        """Return the learning rate of an arm, ``None`` while it is not known."""
         factor = self.lr_factor.get(arm)
         if factor is not None:
             return float(f"{factor * self.lrs[0]:.6g}")
-        arm = self.lr_of.get(arm, arm)
-        if len(self.lrs) == 1:
-            return self.lrs[0]
-        if self.wanted_lrs(arm, store):
-            return None
-        losses = self.swept(arm, store)
-        return min(losses, key=lambda lr: losses[lr])
-
-    def comparison(self, arm: str, lr: float) -> list[Trial]:
-        """Return the trials by which an arm is compared."""
-        return [replace(self.arms[arm], lr=lr, seed=seed) for seed in self.seeds_of(arm)]
-
-    def pending(self, store: Store) -> list[Trial]:
-        """Return the trials that can be run now, the most wanted first."""
-        return [trial for trial in dict.fromkeys(self._wanted(store)) if store.get(trial) is None]
-
-    def _wanted(self, store: Store) -> Iterator[Trial]:
-        known: dict[str, float | None] = {}
-        for arm in self.arms:
-            known[arm] = self.best_lr(arm, store)
-            if known[arm] is None and arm not in self.lr_of:
-                for lr in self.wanted_lrs(arm, store):
-                    yield from self.sweep(arm, lr)
-        for seed in self.seeds:
-            for arm, rate in known.items():
-                if rate is not None and seed in self.seeds_of(arm):
-                    yield replace(self.arms[arm], lr=rate, seed=seed)
+        return super().best(arm, store)
 
     def size(self) -> int:
         """Return how many trials it takes, as far as can be told beforehand."""

@@ -6,20 +6,20 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from tables import markdown
 
 from harness.experiment import Experiment
-from harness.statistics import Change, adjusted, compare
+from harness.partial import between, by_rate, missing, worth
 from harness.store import Store
+from spanopt.compare.drawing import COLOURS, draw_interval, forest, markdown
+from spanopt.compare.reading import in_words
+from spanopt.compare.statistics import Change, adjusted, compared
 
-__all__ = ["Report", "in_words", "save"]
+__all__ = ["Report"]
 
-_PLACEHOLDER = re.compile(r"\[\[(\w+) ([\w.-]+)(?: \| ([^\]]+))?\]\]")
-_COLOURS = ("#4C72B0", "#C44E52", "#55A868", "#8172B3", "#CCB974", "#64B5CD", "#8C8C8C")
+_PLACEHOLDER = re.compile(r"\[\[([\w-]+) ([\w.-]+)(?: \| ([^\]]+))?\]\]")
 OFF_SCALE = 8.0  # per cent
 
 
@@ -27,7 +27,9 @@ class Report:
     """Fills results into a text.
 
     Placeholders are ``[[table NAME]]``, ``[[settings GROUP]]``, ``[[figure NAME | CAPTION]]``,
-    and, inside a sentence, ``[[change NAME | ARM]]``, ``[[loss NAME | ARM]]``,
+    for comparisons that may not be complete ``[[rates GROUP]]`` and ``[[missing GROUP]]``, and,
+    inside a sentence, ``[[so-far NAME | ARM]]``, ``[[between NAME | ARM against ARM]]``,
+    ``[[worth NAME | ARM]]``, ``[[change NAME | ARM]]``, ``[[loss NAME | ARM]]``,
     ``[[lr NAME | ARM]]``, ``[[time NAME | ARM]]``, ``[[steps NAME | ARM]]`` and ``[[seeds NAME]]``.
 
     Args:
@@ -73,6 +75,11 @@ class Report:
             "loss": lambda: f"{self.loss(self._experiment(name), arm):.4f}",
             "lr": lambda: f"{self.lr(self._experiment(name), arm):.2g}",
             "time": lambda: f"{self.time_ratio(self._experiment(name), arm):.2f}",
+            "rates": lambda: by_rate(self._group(name), self.store),
+            "missing": lambda: missing(self._group(name), self.store),
+            "so-far": lambda: self._so_far(self._experiment(name), arm),
+            "between": lambda: self._so_far(self._experiment(name), *arm.split(" against ")),
+            "worth": lambda: self._worth(self._experiment(name), arm),
             "seeds": lambda: str(len(self._experiment(name).seeds)),
         }
         if kind not in kinds:
@@ -92,11 +99,21 @@ class Report:
             raise LookupError(f"no group is named {name!r}")
         return self.groups[name]
 
+    def _so_far(self, experiment: Experiment, arm: str, other: str | None = None) -> str:
+        change = between(experiment, arm, other or experiment.baseline, self.store)
+        if math.isnan(change.mean):
+            raise LookupError(f"{arm!r} has not been run")
+        return in_words(change)
+
+    def _worth(self, experiment: Experiment, arm: str) -> str:
+        factor, low, high = worth(experiment, arm, experiment.lr_factor, self.store)
+        return f"{factor:.2f} ({low:.2f} to {high:.2f})"
+
     def lr(self, experiment: Experiment, arm: str) -> float:
         """Return the learning rate that an arm was compared at."""
         if arm not in experiment.arms:
             raise LookupError(f"{experiment.name} has no arm {arm!r}")
-        lr = experiment.best_lr(arm, self.store)
+        lr = experiment.best(arm, self.store)
         if lr is None:
             raise LookupError(f"the learning rate of {arm!r} has not been chosen yet")
         return lr
@@ -130,7 +147,7 @@ class Report:
         """Compare an arm with its baseline."""
         pairs = self.pairs(experiment, arm)
         mine, baseline = ([result["reporting"] for result in x] for x in zip(*pairs, strict=True))
-        return compare(mine, baseline)
+        return compared(mine, baseline)
 
     def time_ratio(self, experiment: Experiment, arm: str) -> float:
         """Return the median ratio of an arm's step time to its baseline's, over seeds.
@@ -211,12 +228,11 @@ class Report:
                 far += [f"{e.name}, {arm}: {in_words(x)}" for arm, x in changes.items()]
         figure = Figure(figsize=(8, 1.2 + 0.32 * len(near)), layout="constrained")
         axes = figure.subplots()
-        for number, (arm, colour) in enumerate(zip(arms, _COLOURS, strict=False)):
+        for number, (arm, colour) in enumerate(zip(arms, COLOURS, strict=False)):
             for row, changes in enumerate(near.values()):
                 change, y = changes.get(arm), row + 0.3 * (number - (len(arms) - 1) / 2)
                 if change is not None:
-                    axes.plot([change.low, change.high], [y, y], color=colour, linewidth=2)
-                    axes.plot(change.mean, y, "o", color=colour, label=arm)
+                    draw_interval(axes, change, y, colour, arm)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(near)), [*near])
         axes.set_ylim(len(near) - 0.5, -0.5)
@@ -230,27 +246,14 @@ class Report:
     def forest(self, experiment: Experiment) -> Figure:
         """Draw every arm's change with its interval."""
         arms = [arm for arm in experiment.arms if arm != experiment.baseline_of(arm)]
-        changes = [self.change(experiment, arm) for arm in arms]
-        near = [i for i, change in enumerate(changes) if abs(change.mean) < OFF_SCALE]
-        figure = Figure(figsize=(8, 0.9 + 0.3 * len(near)), layout="constrained")
-        axes = figure.subplots()
-        for row, i in enumerate(near):
-            change = changes[i]
-            clear = change.low > 0 or change.high < 0
-            colour = ("#C44E52" if change.mean > 0 else "#55A868") if clear else "#8C8C8C"
-            axes.plot([change.low, change.high], [row, row], color=colour, linewidth=2)
-            axes.plot(change.mean, row, "o", color=colour)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(near)), [arms[i] for i in near])
-        axes.set_ylim(len(near) - 0.5, -0.5)
-        axes.grid(axis="x", alpha=0.3)
+        changes = {arm: self.change(experiment, arm) for arm in arms}
+        near = {arm: change for arm, change in changes.items() if abs(change.mean) < OFF_SCALE}
+        far = [f"{arm} {x.mean:+.1f} %" for arm, x in changes.items() if arm not in near]
         seeds = len(experiment.seeds)
         text = (
             f"change of validation loss, % (below 0 is better); {seeds} paired seeds, 95 % interval"
         )
-        far = [f"{arms[i]} {changes[i].mean:+.1f} %" for i in range(len(arms)) if i not in near]
-        axes.set_xlabel("\n".join([text, *(f"not shown: {arm}" for arm in far)]))
-        return figure
+        return forest(near, "\n".join([text, *(f"not shown: {arm}" for arm in far)]))
 
     def heatmap(self, experiment: Experiment, factors: Sequence[float]) -> Figure:
         """Draw the change over a grid of parallel by violation."""
@@ -286,7 +289,7 @@ class Report:
         steps = sorted({row["step"] for row in rows})
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         for axes, side in zip(figure.subplots(1, 2, sharey=True), ("query", "key"), strict=True):
-            for number, (layer, colour) in enumerate(zip(layers, _COLOURS, strict=False), 1):
+            for number, (layer, colour) in enumerate(zip(layers, COLOURS, strict=False), 1):
                 of_layer = [row for row in rows if (row["layer"], row["side"]) == (layer, side)]
                 shares = {step: [] for step in steps}  # type: dict[int, list[float]]
                 for row in of_layer:
@@ -306,7 +309,7 @@ class Report:
         """Draw the loss on the tuning split over the learning rate."""
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes = figure.subplots()
-        for arm, colour in zip(arms, _COLOURS, strict=False):
+        for arm, colour in zip(arms, COLOURS, strict=False):
             losses = experiment.swept(arm, self.store)
             shown = {lr: loss for lr, loss in losses.items() if math.isfinite(loss)}
             axes.plot([*shown], [*shown.values()], marker="o", color=colour, label=arm)
@@ -323,13 +326,3 @@ def mean_curve(results: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
     curves = [dict(result["curve"]) for result in results]
     steps = [step for step in curves[0] if all(curve.get(step) for curve in curves)]
     return [(step, math.fsum(curve[step] for curve in curves) / len(curves)) for step in steps]
-
-
-def in_words(change: Change) -> str:
-    """Return a change with its interval."""
-    return f"{change.mean:+.2f} % ({change.low:+.2f} to {change.high:+.2f})"
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure, without a date in it."""
-    figure.savefig(path, dpi=130, metadata={"Software": None})

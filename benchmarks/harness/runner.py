@@ -1,16 +1,12 @@
-"""Running the trials of experiments, two at a time."""
+"""Running the trials of experiments, several at a time."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import sys
-import threading
 from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Executor, Future
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -19,6 +15,7 @@ from harness.store import Store
 from harness.tasks import Text
 from harness.training import run_trial
 from harness.trial import Trial
+from spanopt.compare.pool import process_pool, run_pending
 
 __all__ = ["run_experiments"]
 
@@ -27,17 +24,7 @@ _text: Text
 
 def _start(text: Text) -> None:
     global _text
-    torch.set_num_threads(1)
     _text = text
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Leave no worker behind when the study is killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _run(trial: Trial) -> dict[str, Any]:
@@ -58,7 +45,6 @@ def run_experiments(
     Raises:
         RuntimeError: A trial failed. Results so far are kept.
     """
-    context = multiprocessing.get_context("spawn")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -68,7 +54,7 @@ def run_experiments(
     )
     console = Console(file=sys.stderr)
     with (
-        ProcessPoolExecutor(workers, context, _start, (text,)) as pool,
+        process_pool(workers, _start, (text,)) as pool,
         Progress(*columns, console=console, speed_estimate_period=3600) as progress,
     ):
         for experiment in experiments:
@@ -80,29 +66,18 @@ def _run_experiment(
     store: Store,
     text: Text,
     workers: int,
-    pool: ProcessPoolExecutor,
+    pool: Executor,
     progress: Progress,
 ) -> None:
     bar = progress.add_task(experiment.name)
-    running: dict[Future[dict[str, Any]], Trial] = {}
-    done = 0
-    try:
-        while True:
-            pending = experiment.pending(store)
-            progress.update(bar, completed=done, total=done + max(len(pending), len(running)))
-            for trial in pending:
-                if len(running) < workers and trial not in running.values():
-                    running[pool.submit(_run, trial)] = trial
-            if not running:
-                return
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                trial = running.pop(future)
-                store.append(experiment.name, trial, text, _result(future, trial))
-                done += 1
-    finally:
-        for future in running:
-            future.cancel()
+
+    def keep(trial: Trial, outcome: Future[dict[str, Any]]) -> None:
+        store.append(experiment.name, trial, text, _result(outcome, trial))
+
+    def show(done: int, left: int) -> None:
+        progress.update(bar, completed=done, total=done + left)
+
+    run_pending(lambda: experiment.pending(store), _run, keep, pool, workers, show)
 
 
 def _result(future: Future[dict[str, Any]], trial: Trial) -> dict[str, Any]:

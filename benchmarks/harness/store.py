@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from harness.tasks import Text
 from harness.trial import Trial
+from spanopt.compare.jsonl import append_line, read_lines
 
 __all__ = ["Store"]
 
@@ -35,11 +34,8 @@ class Store:
             self._read(path)
 
     def _read(self, path: Path) -> None:
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-            if not line.endswith(b"\n"):
-                continue  # half written when a run was killed
+        for number, record in read_lines(path):
             try:
-                record = json.loads(line)
                 trial = Trial.read(record["trial"])
                 self.texts[record["text"]["sha256"]] = record["text"]["name"]
             except (ValueError, KeyError, TypeError) as error:
@@ -71,23 +67,6 @@ class Store:
             "text": {"name": text.name, "sha256": text.digest},
             "result": result,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{experiment}.jsonl"
-        with open(path, "a+b") as file:
-            cut_unfinished_line(file)
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.folder / f"{experiment}.jsonl", record)
         self._records[trial.key] = record
         self.texts[text.digest] = text.name
-
-
-def cut_unfinished_line(file: Any) -> None:
-    """Cut off what comes after the last newline of a file open for appending."""
-    end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    file.seek(0)
-    whole = file.read().rfind(b"\n") + 1
-    if whole < end:
-        file.truncate(whole)

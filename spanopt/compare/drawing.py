@@ -1,0 +1,68 @@
+"""Tables and pictures of comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spanopt.compare.statistics import Change
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["COLOURS", "aligned", "draw_interval", "forest", "markdown", "save"]
+
+COLOURS = ("#4C72B0", "#C44E52", "#55A868", "#8172B3", "#CCB974", "#64B5CD", "#8C8C8C")
+BETTER, WORSE, UNCLEAR = COLOURS[2], COLOURS[1], COLOURS[6]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of plain text, with columns of equal width."""
+    lines = [head, *rows]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def draw_interval(axes: Any, change: Change, y: float, colour: str, label: str = "") -> None:
+    """Draw a mean and its interval along a horizontal line."""
+    axes.plot([change.low, change.high], [y, y], color=colour, linewidth=2)
+    axes.plot(change.mean, y, "o", color=colour, label=label)
+
+
+def forest(changes: Mapping[str, Change], label: str, *, larger_is_better: bool = False) -> Figure:
+    """Draw changes by arm with their intervals: green where clearly better, red where worse.
+
+    Args:
+        changes: By arm, from top to bottom.
+        label: What the axis is.
+        larger_is_better: Whether a change above 0 is better.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.9 + 0.3 * len(changes)), layout="constrained")
+    axes = figure.subplots()
+    for row, change in enumerate(changes.values()):
+        better = change.mean > 0 if larger_is_better else change.mean < 0
+        clear = change.low > 0 or change.high < 0
+        draw_interval(axes, change, row, (BETTER if better else WORSE) if clear else UNCLEAR)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(changes)), [*changes])
+    axes.set_ylim(len(changes) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel(label)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, without a date in it."""
+    figure.savefig(path, dpi=130, metadata={"Software": None})

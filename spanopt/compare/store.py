@@ -1,0 +1,88 @@
+"""The results of a comparison on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from spanopt.compare.jsonl import append_line, read_lines
+from spanopt.compare.trial import Trial
+
+__all__ = ["Store"]
+
+
+class Store:
+    """The results of trials: in memory, and in a folder if there is one.
+
+    ``trials.jsonl`` has one result a line, ``settings.json`` what the comparison was.
+
+    Args:
+        folder: The folder, which is made when it is missing; ``None`` keeps results in memory only.
+        settings: All that results depend on, as JSON holds it.
+
+    Raises:
+        ValueError: The folder has results of other settings, or a line that is no result.
+    """
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+        self._path = None if folder is None else folder / "trials.jsonl"
+        self._results: dict[Trial, dict[str, Any]] = {}
+        if folder is None or self._path is None:
+            return
+        _check_settings(folder, settings)
+        if self._path.exists():
+            for number, record in read_lines(self._path):
+                try:
+                    self._results[Trial(**record["trial"])] = record["result"]
+                except (KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{self._path}, line {number}, is not a result: {error!r}"
+                    ) from error
+
+    def get(self, trial: Trial) -> dict[str, Any] | None:
+        """Return the result of a trial, ``None`` if it has not been run."""
+        return self._results.get(trial)
+
+    def keep(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Keep a result, on disk when this returns."""
+        if self._path is not None:
+            append_line(self._path, {"trial": trial.record(), "result": result})
+        self._results[trial] = result
+
+    def results(self) -> Iterator[tuple[Trial, dict[str, Any]]]:
+        """Return every trial and its result, in the order in which they ended."""
+        return iter(self._results.items())
+
+    def forget_errors(self) -> None:
+        """Have the trials that raised an error run again. The file keeps their lines."""
+        self._results = {t: r for t, r in self._results.items() if "error" not in r}
+
+
+def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    path = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        differing = list(_differences(known, settings))
+        if differing:
+            raise ValueError(
+                f"{folder} has results of other settings: {'; '.join(differing[:5])}. "
+                "Choose another folder with out="
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _differences(known: Any, new: Any, name: str = "") -> Iterator[str]:
+    """Say by which entries two settings differ."""
+    if isinstance(known, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*known, *new]):
+            where = f"{name}[{key!r}]" if name else key
+            yield from _differences(known.get(key), new.get(key), where)
+    elif known != new:
+        yield f"{name} was {known!r} and is now {new!r}"
