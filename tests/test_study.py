@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import study  # noqa: E402
 from harness.experiment import Experiment  # noqa: E402
 from harness.optimizers import OPTIMIZERS, build_optimizers  # noqa: E402
+from harness.partial import drawn_by_rate, worth  # noqa: E402
 from harness.report import Report  # noqa: E402
 from harness.runner import run_experiments  # noqa: E402
 from harness.store import Store  # noqa: E402
@@ -227,6 +228,54 @@ def test_an_arm_may_train_at_a_multiple_of_its_rate(tmp_path):
     store = Losses(lambda trial: trial.lr)
     store.run(e)
     assert Report({"all": [e]}, store).change(e, "(2, 1)").mean == pytest.approx(10)
+
+
+def fixed_rates():
+    """An experiment whose second arm gains as much as a rate 1.1 times as high, half of it run."""
+    arms = {"plain": TINY, "(2, 1)": replace(TINY, parallel=2.0)}
+    arms |= {f"x {f:g}": replace(TINY, lr=f) for f in (1.05, 1.1, 1.2)}
+    e = experiment(lrs=(4e-3,), seeds=tuple(range(6)), lr_factor={"x 1.05": 1.05, "x 1.1": 1.1,
+                   "x 1.2": 1.2})  # fmt: skip
+    e = replace(e, arms=arms)
+    noise = {0: -1e-3, 1: 1e-3, 2: 0.0}
+    store = Losses(
+        lambda t: 2.0 * (1 + t.seed / 9) * (
+            1 - 0.08 * math.log(t.lr / 4e-3) - (0.08 * math.log(1.1) + noise[t.seed] * 0.1)
+            * (t.parallel == 2.0)
+        )
+    )  # fmt: skip
+    store.run(e.part(e.arms, slice(0, 3)))
+    return e, Report({"rates": [e]}, store)
+
+
+def test_a_gain_is_worth_a_factor_of_the_learning_rate():
+    e, report = fixed_rates()
+    factor, low, high = worth(e, "(2, 1)", e.lr_factor, report.store)
+    assert factor == pytest.approx(1.1, rel=1e-3)
+    assert low < factor < high
+    assert report.page("[[worth tiny | (2, 1)]]").startswith("1.10 (1.")
+    assert report.page("[[between tiny | (2, 1) against x 1.1]]") == "+0.00 % (-0.03 to +0.03)"
+
+
+def test_a_comparison_that_is_not_complete_is_reported_as_far_as_it_is():
+    e, report = fixed_rates()
+    page = report.page("[[rates rates]]\n\n[[missing rates]]\n\n[[so-far tiny | (2, 1)]]")
+    assert "| (2, 1) | -0.76 % (-0.79 to -0.74), 3 seeds |" in page
+    assert "- tiny: 15 of 30 runs. Runs left by arm: plain 3, (2, 1) 3, x 1.05 3" in page
+    assert page.splitlines()[-1] == "-0.76 % (-0.79 to -0.74)"
+    figure = drawn_by_rate([e], ["(2, 1)", "x 1.1", "none"], report.store)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["(2, 1) (3 seeds)", "x 1.1 (3 seeds)"]
+    with pytest.raises(ValueError, match=r"3 runs of 'plain' are missing"):
+        report.page("[[change tiny | (2, 1)]]")
+
+
+def test_what_has_not_been_run_at_all_is_named():
+    e, _ = fixed_rates()
+    report = Report({"rates": [e]}, Losses(lambda trial: 1.0))
+    assert "- tiny: nothing has been run (30 runs)." in report.page("[[missing rates]]")
+    with pytest.raises(ValueError, match="has not been run"):
+        report.page("[[so-far tiny | (2, 1)]]")
 
 
 def test_the_order_of_the_comparison_at_fixed_rates_misses_nothing():
