@@ -15,7 +15,7 @@ test: .venv/test.stamp
 
 # The long runs and the fuzzing, of which `make test` does a short part: 15 to 25 minutes.
 soak: .venv/test.stamp
-	.venv/bin/python -m pytest -n 2 --soak tests/test_soak.py tests/test_fuzz.py tests/registry $(ARGS)
+	.venv/bin/python -m pytest -n 2 --soak tests/test_soak.py tests/test_fuzz.py tests/test_fuzz_calls.py tests/registry $(ARGS)
 
 # docs/registry.md: every model of the registry of transformers. About an hour.
 registry: .venv/test.stamp
