@@ -133,11 +133,11 @@ def test_a_program_of_calls_gives_the_oracles_gradients_or_an_error(kinds, progr
         # The message goes on with the layers that were scaled.
         missing = re.split(r"[(;] ?scaled:", str(error))[0]
         named = [i for i in range(2) if f"layers.{i}" in missing]
-        assert named, error
+        assert named, error  # noqa: PT017
         # Where all calls are of ways that are promised, only a layer without one is an error.
         for index in named:
             ways = {way for i, way in program if i == index}
-            assert ways & set(OTHER) or not ways & {"call", "checkpoint"}, error
+            assert ways & set(OTHER) or not ways & {"call", "checkpoint"}, error  # noqa: PT017
         return
     finally:
         optimizer.detach()
