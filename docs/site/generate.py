@@ -42,6 +42,9 @@ GROUPS = {
     "Errors": ["spanopt.UnscaledLayerError"],
 }
 
+# Classes of which a part is in a base class of this package.
+INHERITING = {"spanopt.SpanHooks"}
+
 
 def page_of(path: str) -> str:
     """Return the file of an object's page, relative to the reference."""
@@ -58,7 +61,8 @@ def write_reference() -> None:
             name = path.removeprefix("spanopt.").removeprefix("integrations.")
             index.append(f"- [`{path}`]({page_of(path)})")
             order.append(f"    - [{name}]({page_of(path)})")
-            _write(f"reference/{page_of(path)}", f"::: {path}\n")
+            options = "    options: {inherited_members: true}\n" if path in INHERITING else ""
+            _write(f"reference/{page_of(path)}", f"::: {path}\n{options}")
         index.append("")
     _write("reference/index.md", "\n".join(index))
     _write("reference/SUMMARY.md", "\n".join(order))

@@ -1,0 +1,89 @@
+"""The module hooks on one model: putting them on its layers and taking them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from spanopt.plan import claim, release
+from spanopt.sites import named_modules
+from spanopt.taps.account import projection_of
+from spanopt.taps.module_hooks import Enter, Leave, NoteMasks, Output, Projected, drop_inert
+from spanopt.taps.projection import ProjectionTap
+from spanopt.taps.tap import Tap
+
+__all__ = ["Placement"]
+
+
+class Placement:
+    """The module hooks on one model, by the tap that they are for.
+
+    Args:
+        root: The model; ``None`` if there is none to note padding masks on.
+    """
+
+    def __init__(self, root: nn.Module | None) -> None:
+        self._root = root
+        self._handles: dict[Tap | None, list[Any]] = {None: []}
+        self._noted: dict[nn.Module, NoteMasks] = {}
+
+    def put_on_root(self, hook: Any) -> None:
+        """Put a forward hook on the whole model.
+
+        Args:
+            hook: Called as any forward hook of a module.
+        """
+        if self._root is not None:
+            drop_inert(self._root)
+            self._handles[None].append(self._root.register_forward_hook(hook))
+
+    def put(self, tap: Tap) -> None:
+        """Put the module hooks of a tap on its layer."""
+        module = tap.site.module
+        drop_inert(module)
+        # Prepended, and the forward hook is called always: an exception leaves no mode entered.
+        handles = self._handles[tap] = [
+            module.register_forward_pre_hook(Enter(tap), prepend=True, with_kwargs=True),
+            module.register_forward_hook(Leave(tap), always_call=True),
+        ]
+        projection_module = projection_of(module, tap.site.query_key_parameters())
+        if projection_module is not None:
+            drop_inert(projection_module)
+            handles.append(projection_module.register_forward_hook(Projected(tap)))
+        if isinstance(tap, ProjectionTap):
+            for projection in tap.projections:
+                drop_inert(projection.module)
+                hook = Output(tap, projection)
+                handles.append(projection.module.register_forward_hook(hook))
+        claim(module)
+
+    def note_masks(self, taps: Sequence[Tap]) -> None:
+        """Have the padding masks noted that the layers and the modules around them are given."""
+        around: dict[str, list[Tap]] = {}
+        for tap in taps:
+            parts = tap.site.name.split(".") if tap.site.name else []
+            for count in range(len(parts) + 1):
+                around.setdefault(".".join(parts[:count]), []).append(tap)
+        for name, module in () if self._root is None else named_modules(self._root):
+            if name not in around:
+                continue
+            note = self._noted.get(module) or NoteMasks(module)
+            if not note.is_needed:
+                continue
+            if module not in self._noted:
+                self._noted[module] = note
+                drop_inert(module)
+                hook = module.register_forward_pre_hook(note, with_kwargs=True)
+                self._handles[None].append(hook)
+            for tap in around[name]:
+                tap.noted = (*tap.noted, note)
+
+    def take_off(self, tap: Tap | None) -> None:
+        """Take a tap off its layer, or what is on the whole model off that; once."""
+        for handle in self._handles.pop(tap, ()):
+            handle.remove()
+        if tap is not None and not tap.removed:  # another attachment may have the layer by now
+            tap.removed = True
+            release(tap.site.module)
