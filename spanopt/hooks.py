@@ -18,7 +18,7 @@ from spanopt.scaled_layers import ScaledLayers
 from spanopt.sites import AttentionSite
 from spanopt.table import table
 from spanopt.taps import HANDLERS
-from spanopt.taps.projection import ProjectionTap
+from spanopt.taps.outputs import ProjectionTap
 from spanopt.taps.tap import Tap, remove_stale, thread
 from spanopt.unscaled import (
     CheckCalled,

@@ -12,7 +12,7 @@ from spanopt.hooks import SpanHooks
 from spanopt.plan import ProjectionLike, QKModules, Request, Scales, plan
 from spanopt.renaming import renamed
 from spanopt.sites import unwrap
-from spanopt.taps.projection import ProjectionTap
+from spanopt.taps.outputs import ProjectionTap
 from spanopt.taps.tap import Tap
 
 __all__ = ["attach", "install"]

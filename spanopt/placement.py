@@ -11,7 +11,7 @@ from spanopt.plan import claim, release
 from spanopt.sites import named_modules
 from spanopt.taps.account import projection_of
 from spanopt.taps.module_hooks import Enter, Leave, NoteMasks, Output, Projected, drop_inert
-from spanopt.taps.projection import ProjectionTap
+from spanopt.taps.outputs import ProjectionTap
 from spanopt.taps.tap import Tap
 
 __all__ = ["Placement"]

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from spanopt.taps.layouts import OutputLayout
+from spanopt.taps.outputs import ProjectionTap
 from spanopt.taps.padding import NotedMasks, is_padding_name, padding_masks
-from spanopt.taps.projection import ProjectionTap
 from spanopt.taps.tap import Tap, thread
 
 __all__ = ["Enter", "Hook", "Leave", "NoteMasks", "Output", "Projected", "drop_inert", "no_hook"]
