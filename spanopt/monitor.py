@@ -1,4 +1,4 @@
-"""When the gradients of attention are measured, and where what was measured is reported."""
+"""When the gradients of attention are measured, and what a user does with what was measured."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spanopt.measures import Sample, means, unmeasured
 from spanopt.optimizer import SpanScaledOptimizer
 from spanopt.picture import draw
-from spanopt.rows import RowFile, read_rows
+from spanopt.reports import Reports
+from spanopt.rows import read_rows
+from spanopt.sample import Sample, unmeasured
 
 __all__ = ["SpanMonitor"]
 
@@ -116,14 +117,9 @@ class SpanMonitor:
             raise ValueError(f"every must be a whole number above 0, got {every!r}")
         self.rows: list[dict[str, Any]] = []
         self._every = every
-        self._file = None if path is None else RowFile(path)  # known before training if it can't
-        self._writer = writer
-        self._run = run
-        if run is not None:
-            run.define_metric("span/*", step_metric="span/step")
+        self._reports = Reports(path, writer, run)
         self._step = start
         self._next: float = start
-        self._warned: set[str] = set()
         self._sample: Sample | None = None
         self._of = type(optimizer.optimizer).__name__
         # Neither of these keeps the monitor or the optimizer.
@@ -152,7 +148,8 @@ class SpanMonitor:
             if not rows:
                 return  # no backward pass yet
             self._disarm()
-            self._report(step, rows)
+            self.rows += rows
+            self._reports.send(step, rows)
             self._next = step + self._every
         if self._step >= self._next:
             self._arm(optimizer)
@@ -167,41 +164,12 @@ class SpanMonitor:
         usual = (None, "condition is inf")  # a Q of less than full rank
         problem = next((row for row in rows if row["problem"] not in usual), None)
         if problem is not None:
-            self._warn(
+            self._reports.warn(
                 "measuring",
                 f"layer {problem['layer']!r} was not fully measured in step {step}: "
                 f"{problem['problem']}. Rows say so under 'problem'",
             )
         return rows
-
-    def _report(self, step: int, rows: list[dict[str, Any]]) -> None:
-        self.rows += rows
-        if self._file is not None:
-            try:
-                self._file.append(rows)
-            except Exception as error:
-                problem = f"{self._file.path} could not be written to: {error}. Rows wait for it"
-                self._warn("path", problem)
-        if self._writer is None and self._run is None:
-            return
-        values = means(rows)
-        if self._writer is not None:
-            try:
-                for name, value in values.items():
-                    self._writer.add_scalar(name, value, step)
-            except Exception as error:
-                self._warn("writer", f"writer takes no values: {type(error).__name__}: {error}")
-        if self._run is not None:
-            try:
-                self._run.log({**values, "span/step": step})
-            except Exception as error:
-                self._warn("run", f"run takes no values: {type(error).__name__}: {error}")
-
-    def _warn(self, kind: str, problem: str) -> None:
-        """Warn of a problem, once for each kind."""
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(f"SpanMonitor: {problem}. Training goes on", stacklevel=2)
 
     def to_pandas(self) -> Any:
         """Return :attr:`rows` as a ``pandas.DataFrame``.
@@ -311,14 +279,7 @@ class SpanMonitor:
             return
         _, _, (handle, stops, _), _ = ended
         _stop(handle, stops)
-        if self._file is not None and self._file.waiting:
-            try:
-                self._file.append([])
-            except OSError as error:
-                count = len(self._file.waiting)
-                self._warn(
-                    "closing", f"{count} rows could not be written to {self._file.path}: {error}"
-                )
+        self._reports.close()
 
     def __enter__(self) -> SpanMonitor:
         return self

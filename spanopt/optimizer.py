@@ -82,16 +82,23 @@ class SpanScaledOptimizer(Optimizer):
         scales: Scales by layer name or pattern: see :func:`~spanopt.scale.resolve_scales`. One
             :class:`~spanopt.SpanScale` for all layers. Left out it is ``{"*": SpanScale()}``,
             which changes nothing until ``span_groups`` are edited, and says so in a warning.
-        ridge: As in :func:`~spanopt.project`.
+        ridge: What is added to the Gram matrix of Q or K, relative to its trace: a number of at
+            least 0. ``None``, the default, is the dtype's, see
+            :func:`~spanopt.projection.default_ridge`.
         on_missing: What to do when a backward pass has run since the last step in which a layer
-            that was asked for was not scaled: ``"error"``, ``"warn"`` or ``"ignore"``.
-        qk_modules: Where Q and K are in layers whose attention can't be seen: see
-            :func:`~spanopt.attach`.
+            that was asked for was not scaled: ``"error"``, the default, ``"warn"`` or ``"ignore"``.
+        qk_modules: Where Q and K are in layers whose attention can't be seen, by layer name or
+            pattern: ``{"blocks.0.attn": {"query": "wq", "key": "wk", "num_heads": 8}}``. By default
+            attention is seen in all layers.
         example_inputs: Inputs for a forward pass that checks, before anything is trained, what
-            only a forward pass can tell: see :func:`~spanopt.attach`.
-        projection: What counts as the parallel part, ``"span"`` or another of
-            :mod:`spanopt.setups`: see :func:`~spanopt.attach`.
-        preserve_norm: Whether rescaled gradients keep their norm: likewise.
+            only a forward pass can tell: a tuple of positional arguments, a dict of keyword
+            arguments, or one argument. By default no such pass is made.
+        projection: What counts as the parallel part: ``"span"``, the default, another name of
+            :mod:`spanopt.setups`, or a function of that kind; one for all layers, or a dict by
+            layer name or pattern.
+        preserve_norm: Whether a rescaled gradient keeps the norm that it had before, for each
+            sequence and head; one flag for all layers, or a dict by layer name or pattern. By
+            default it does not.
 
     Attributes:
         optimizer: The wrapped optimizer.
@@ -200,8 +207,8 @@ class SpanScaledOptimizer(Optimizer):
         """Take a step of the wrapped optimizer.
 
         Args:
-            *args: What the wrapped ``step`` takes, such as a closure.
-            **kwargs: Likewise.
+            *args: Positional arguments of the wrapped ``step``, such as a closure.
+            **kwargs: Keyword arguments of the wrapped ``step``.
 
         Returns:
             What the wrapped ``step`` returns: the closure's loss, or ``None``.
@@ -321,8 +328,8 @@ class SpanScaledOptimizer(Optimizer):
         """Clear the gradients, as the wrapped optimizer does.
 
         Args:
-            *args: What the wrapped ``zero_grad`` takes.
-            **kwargs: Likewise.
+            *args: Positional arguments of the wrapped ``zero_grad``.
+            **kwargs: Keyword arguments of the wrapped ``zero_grad``.
 
         Example:
             >>> import torch
@@ -342,11 +349,12 @@ class SpanScaledOptimizer(Optimizer):
         are let go.
 
         Args:
-            param_group: As in ``torch.optim.Optimizer.add_param_group``.
+            param_group: A dict with ``"params"``, a tensor or an iterable of tensors, and with the
+                options of the wrapped optimizer for them.
 
         Raises:
-            ValueError: As at wrapping, for the new layers; or their names are those of other layers
-                that are scaled. Nothing is added then.
+            ValueError: A new layer can't be scaled, for one of the reasons that making the wrapper
+                raises; or it has the name of another layer that is scaled. Nothing is added then.
 
         Example:
             >>> import torch

@@ -135,7 +135,7 @@ class ScaledLayers:
         Example:
             >>> from torch import nn
             >>> from spanopt import attach
-            >>> from spanopt.measures import Sample
+            >>> from spanopt.sample import Sample
             >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
             >>> stop = hooks.watch(Sample())
             >>> stop()
