@@ -261,10 +261,10 @@ def test_a_comparison_that_is_not_complete_is_reported_as_far_as_it_is():
     e, report = fixed_rates()
     page = report.page("[[rates rates]]\n\n[[missing rates]]\n\n[[so-far tiny | (2, 1)]]")
     assert "| (2, 1) | -0.76 % (-0.79 to -0.74), 3 seeds |" in page
-    assert "- tiny: 15 of 30 runs. Runs left by arm: plain 3, (2, 1) 3, x 1.05 3" in page
+    assert "- tiny: 15 of 30 runs: 3 runs each of plain, (2, 1), x 1.05, x 1.1, x 1.2." in page
     assert page.splitlines()[-1] == "-0.76 % (-0.79 to -0.74)"
     figure = drawn_by_rate([e], ["(2, 1)", "x 1.1", "none"], report.store)
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["(2, 1) (3 seeds)", "x 1.1 (3 seeds)"]
     with pytest.raises(ValueError, match=r"3 runs of 'plain' are missing"):
         report.page("[[change tiny | (2, 1)]]")
@@ -539,6 +539,13 @@ def test_the_page_is_what_the_results_give(tmp_path):
     docstring = " ".join(SpanScale.__doc__.split())
     for arm in ("(2, 1)", "near-null (1.0001, 1)", "(1, 0): span only", "(0, 1): violation only"):
         assert in_words(report.change(study.PRIMARY, arm)) in readme
+    for placeholder in (
+        "[[so-far rate-0.001 | (2, 1)]]",
+        "[[so-far rate-0.001 | (1, 2)]]",
+        "[[worth rate-0.001 | (2, 1)]]",
+        "[[between rate-0.001 | (2, 1) against uniform (2, 2)]]",
+    ):
+        assert report.page(placeholder) in readme
     control = report.change(study.CONTROLS, "(0, 1), random projection of the input")
     assert in_words(control) in readme
     for arm in ("(2, 1)", "uniform (2, 2)"):

@@ -93,8 +93,10 @@ def missing(experiments: Sequence[Experiment], store: Results) -> str:
         if total == e.size():
             lines.append(f"- {e.name}: nothing has been run ({total} runs).")
         elif total:
-            arms = ", ".join(f"{arm} {count}" for arm, count in left.items() if count)
-            lines.append(f"- {e.name}: {total} of {e.size()} runs. Runs left by arm: {arms}.")
+            counts = sorted(set(left.values()) - {0}, reverse=True)
+            by_count = {n: [arm for arm in left if left[arm] == n] for n in counts}
+            each = "; ".join(f"{n} runs each of {', '.join(by_count[n])}" for n in counts)
+            lines.append(f"- {e.name}: {total} of {e.size()} runs: {each}.")
     return "\n".join(lines) or "All of it has been run."
 
 
@@ -127,5 +129,5 @@ def drawn_by_rate(experiments: Sequence[Experiment], arms: Sequence[str], store:
     axes.minorticks_off()
     axes.set(xlabel="peak learning rate", ylabel="change of the loss, %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
     return figure
