@@ -7,13 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spanopt.compiling import keep_eager_taps_eager, let_compiled_code_notice_hooks
 from spanopt.hooks import SpanHooks
 from spanopt.plan import ProjectionLike, QKModules, Request, Scales, plan
 from spanopt.renaming import renamed
 from spanopt.sites import unwrap
-from spanopt.taps.outputs import ProjectionTap
-from spanopt.taps.tap import Tap
 
 __all__ = ["attach", "install"]
 
@@ -35,9 +32,9 @@ def attach(
 
     For frameworks that build their own optimizer; otherwise use
     :class:`~spanopt.SpanScaledOptimizer`. Forward values do not change. The hooks stay on the model
-    until :meth:`SpanHooks.remove`, whether or not the returned object is kept. The first call in a
-    process sets ``torch._dynamo.config.skip_nnmodule_hook_guards`` to false and drops code compiled
-    until then, so that compiled code and hooks never pass each other by.
+    until :meth:`SpanHooks.remove`, whether or not the returned object is kept.While any hooks are
+    on a model of this process, ``torch._dynamo.config.skip_nnmodule_hook_guards`` is false, and
+    code compiled before they came is dropped, so that compiled code and hooks never pass each other by.
 
     Args:
         model: Any module with attention layers that :func:`~spanopt.find_attention` finds.
@@ -119,8 +116,6 @@ def install(
     hooks = SpanHooks(request.on_missing, unwrap(model))
     try:
         hooks.add(layers)
-        let_compiled_code_notice_hooks()
-        keep_eager_taps_eager(Tap, ProjectionTap)
         if example_inputs is not None:
             hooks.probe(model, example_inputs)
     except BaseException:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from spanopt.compiling import hold, let_go
 from spanopt.plan import claim, release
 from spanopt.sites import named_modules
 from spanopt.taps.account import projection_of
@@ -58,6 +59,7 @@ class Placement:
                 hook = Output(tap, projection)
                 handles.append(projection.module.register_forward_hook(hook))
         claim(module)
+        hold(tap)
 
     def note_masks(self, taps: Sequence[Tap]) -> None:
         """Have the padding masks noted that the layers and the modules around them are given."""
@@ -87,3 +89,4 @@ class Placement:
         if tap is not None and not tap.removed:  # another attachment may have the layer by now
             tap.removed = True
             release(tap.site.module)
+            let_go(tap)

@@ -433,14 +433,18 @@ def _matmul_eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-@torch.compiler.assume_constant_result  # torch 2.6 does not trace it
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
-@torch.compiler.assume_constant_result  # a bool: torch 2.6 takes no float for a constant here
 def _float32_products_are_shortened() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
+
+
+# As torch.compiler.assume_constant_result does, which takes seconds to import the compiler. Torch
+# 2.6 traces neither function, and takes a bool for a constant but no float.
+for _constant in (_has_autocast, _float32_products_are_shortened):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _per_head(factor: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

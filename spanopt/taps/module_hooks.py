@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spanopt.compiling import constant_when_traced
 from spanopt.taps.layouts import OutputLayout
 from spanopt.taps.outputs import ProjectionTap
 from spanopt.taps.padding import NotedMasks, is_padding_name, padding_masks
@@ -121,7 +122,7 @@ def drop_inert(module: nn.Module) -> None:
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-@torch.compiler.assume_constant_result  # traced, it reads true in any compilation before torch 2.11
+@constant_when_traced  # traced, it reads true in any compilation before torch 2.11
 def _is_exporting() -> bool:
     """Return whether ``torch.export`` runs the layer, and not ``torch.compile``."""
     if hasattr(torch.compiler, "is_exporting"):

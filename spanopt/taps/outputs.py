@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spanopt.compiling import not_compiled_alone
 from spanopt.node import Method, multiplied, rescale_tokens
 from spanopt.scale import SpanScale
 from spanopt.setups import NEED_OTHER
@@ -23,6 +24,7 @@ from spanopt.taps.watcher import Watched, Watcher
 __all__ = ["ProjectionTap"]
 
 
+@not_compiled_alone
 class ProjectionTap(Tap):
     """The tap of a layer whose Q and K are named; other taps find nothing in it.
 

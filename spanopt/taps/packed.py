@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from spanopt.compiling import in_graph
 from spanopt.taps.masks import Read, allowed, read
 from spanopt.taps.real import Tokens, appended, real_tokens
 from spanopt.taps.tap import SideScale, Tap, other_sides
@@ -106,7 +107,7 @@ def _shown(mask: Tensor | None, batch: int, heads: int) -> Read:
     return read(mask.unflatten(0, (batch, heads)) if mask.ndim == 3 else mask, 4)
 
 
-@torch.compiler.allow_in_graph
+@in_graph
 def _forward(*args: Any, **kwargs: Any) -> Any:
     return _forward_keeping(nullcontext, *args, **kwargs)
 

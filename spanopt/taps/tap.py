@@ -21,6 +21,7 @@ from torch.overrides import (
     _push_mode,
 )
 
+from spanopt.compiling import constant_when_traced, not_compiled_alone
 from spanopt.errors import unclear_mask
 from spanopt.node import Method, span_node, uniform_node
 from spanopt.scale import Factor, SpanScale
@@ -271,6 +272,7 @@ _named: weakref.WeakValueDictionary[str, Tap] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
+@not_compiled_alone
 class Tap(TorchFunctionMode):
     """Watches the torch functions that one attention layer calls, while its forward runs.
 
@@ -829,6 +831,7 @@ def _before_compilation(*args: Any) -> None:
     remove_stale()
 
 
+@constant_when_traced
 def _traced_place(unique_name: str) -> int:
     """Return what a tap must know of what is being traced: one of the numbers below.
 
@@ -844,6 +847,7 @@ def _traced_place(unique_name: str) -> int:
     return _INSIDE if inside else _OUTSIDE
 
 
+@constant_when_traced
 def _is_traced_directly(unique_name: str) -> bool:
     """Return whether a layer's forward is being traced, and no call of the layer.
 
@@ -854,10 +858,6 @@ def _is_traced_directly(unique_name: str) -> bool:
 
 
 _OUTSIDE, _INSIDE, _OUTSIDE_PERHAPS, _INSIDE_PERHAPS = range(4)
-
-# As of torch.compiler.assume_constant_result, which imports the compiler.
-_traced_place._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_traced_directly._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _take_out(tap: Tap) -> None:
