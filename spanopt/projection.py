@@ -443,8 +443,9 @@ def _float32_products_are_shortened() -> bool:
 
 # As torch.compiler.assume_constant_result does, which takes seconds to import the compiler. Torch
 # 2.6 traces neither function, and takes a bool for a constant but no float.
-for _constant in (_has_autocast, _float32_products_are_shortened):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_constants: tuple[Any, ...] = (_has_autocast, _float32_products_are_shortened)
+for _constant in _constants:
+    _constant._dynamo_marked_constant = True
 
 
 def _per_head(factor: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
