@@ -32,9 +32,10 @@ def attach(
 
     For frameworks that build their own optimizer; otherwise use
     :class:`~spanopt.SpanScaledOptimizer`. Forward values do not change. The hooks stay on the model
-    until :meth:`SpanHooks.remove`, whether or not the returned object is kept.While any hooks are
+    until :meth:`SpanHooks.remove`, whether or not the returned object is kept. While any hooks are
     on a model of this process, ``torch._dynamo.config.skip_nnmodule_hook_guards`` is false, and
-    code compiled before they came is dropped, so that compiled code and hooks never pass each other by.
+    code compiled before they came is dropped, so that compiled code and hooks never pass each
+    other by.
 
     Args:
         model: Any module with attention layers that :func:`~spanopt.find_attention` finds.
