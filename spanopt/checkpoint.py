@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from spanopt.groups import SpanGroup, entries_of, scales_of
 from spanopt.patterns import check_same_layers
 from spanopt.scale import SpanScale
 
-__all__ = ["check_state", "extended", "take_parameters", "take_scales"]
+__all__ = ["check_state", "extended", "restoring", "take_parameters", "take_scales"]
 
 _SCALES = "span_groups"
 _PARAMETERS = "span_parameters"
@@ -161,6 +162,36 @@ def take_parameters(
             "the checkpoint is of another model or of other parameter groups: "
             + "; ".join(_differences(saved, here))
         )
+
+
+@contextlib.contextmanager
+def restoring(
+    optimizer: Optimizer, state_dict: Mapping[str, Any], undo: Callable[[], None]
+) -> Iterator[None]:
+    """Put an optimizer back as it was if loading a state dict fails.
+
+    Args:
+        optimizer: The optimizer that loads it.
+        state_dict: What it loads, for the message.
+        undo: Called on failure, to put back what is not the optimizer's.
+
+    Raises:
+        ValueError: What is loaded is no state dict.
+    """
+    state, param_groups = optimizer.state, optimizer.param_groups
+    try:
+        yield
+    except BaseException as error:
+        undo()
+        for name, value in (("state", state), ("param_groups", param_groups)):
+            if getattr(optimizer, name) is not value:
+                setattr(optimizer, name, value)
+        if isinstance(error, (KeyError, TypeError, AttributeError)):
+            raise ValueError(
+                f"not a state dict of {type(optimizer).__name__}, but one of "
+                f"{sorted(map(str, state_dict))}: {type(error).__name__}: {error}"
+            ) from error
+        raise
 
 
 def _described(

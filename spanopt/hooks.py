@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from spanopt.groups import SpanGroup
 from spanopt.node import Method
@@ -160,20 +160,41 @@ class SpanHooks(ScaledLayers):
             raise error
         warnings.warn(str(error), stacklevel=3)
 
-    def compare(self, has_come: Callable[[nn.Parameter], bool]) -> None:
-        """Note the layers that got gradients by a way around the calls that were seen.
+    def check_step(self, parameters: Iterable[Tensor], has_come: Callable[[Tensor], bool]) -> None:
+        """Complain, before an optimizer step, of layers whose gradients have come unscaled.
 
         Args:
-            has_come: Tells whether a parameter has got a gradient since the last step. It is asked
-                only about layers whose calls no backward pass went through.
+            parameters: What the optimizer trains.
+            has_come: Tells whether a parameter has got a gradient since the last step.
+
+        Raises:
+            UnscaledLayerError: There is such a layer, and ``on_missing`` is ``"error"``.
+            ValueError: An entry of ``groups`` was replaced rather than edited, or an attention
+                mask does not tell which tokens are real.
 
         Example:
             >>> from torch import nn
             >>> from spanopt import attach
             >>> hooks = attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0))
-            >>> hooks.compare(lambda parameter: False)
+            >>> hooks.check_step([], lambda parameter: False)
         """
+        remove_stale()
+        self.check_masks()
+        if self._on_missing == "ignore":
+            return
         note_ways_around(self._taps, has_come)
+        if self.unseen() and any(map(has_come, parameters)):
+            self.check()
+
+    def drop_stale(self) -> None:
+        """Take taps off this thread's stack whose layer an interrupt has ended.
+
+        Example:
+            >>> from torch import nn
+            >>> from spanopt import attach
+            >>> attach(nn.TransformerEncoderLayer(8, nhead=2), SpanScale(2.0)).drop_stale()
+        """
+        remove_stale()
 
     def check_masks(self) -> None:
         """Refuse attention masks that did not tell which tokens are real.

@@ -4,67 +4,31 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spanopt.checkpoint import check_state, extended, take_parameters, take_scales
+from spanopt.arrivals import Arrivals
+from spanopt.checkpoint import check_state, extended, restoring, take_parameters, take_scales
 from spanopt.groups import SpanGroup
 from spanopt.hooks import SpanHooks
 from spanopt.installing import install
 from spanopt.plan import ProjectionLike, QKModules, Request, Scales, plan
+from spanopt.proxy import OptimizerProxy
 from spanopt.renaming import renamed
 from spanopt.scale import SpanScale
-from spanopt.taps.tap import remove_stale
 
 __all__ = ["SpanScaledOptimizer"]
-
-_INTERFACE = ("param_groups", "state", "step", "zero_grad", "state_dict", "load_state_dict")
-_HOOK_TABLES = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
-
-
-def _passed_on(name: str) -> Any:
-    """Return a property that reads, sets and deletes an attribute of the wrapped optimizer."""
-
-    def get(self: SpanScaledOptimizer) -> Any:
-        return getattr(self.optimizer, name)
-
-    def set_(self: SpanScaledOptimizer, value: Any) -> None:
-        setattr(self.optimizer, name, value)
-
-    def delete(self: SpanScaledOptimizer) -> None:
-        delattr(self.optimizer, name)
-
-    return property(get, set_, delete, f"The wrapped optimizer's ``{name}``.")
 
 
 class _Lease:
     """What a wrapper and its shallow copies hold together; the hooks go when nobody does."""
 
 
-def _runs_step_hooks(optimizer: Any) -> bool:
-    """Return whether ``step`` of an optimizer is PyTorch's, which runs its hooks."""
-    return (
-        isinstance(optimizer, Optimizer)
-        and all(name in vars(optimizer) for name in _HOOK_TABLES)
-        and getattr(type(optimizer).step, "hooked", False)
-        # A scheduler puts a function of its own around the step of one optimizer.
-        and ("step" not in vars(optimizer) or hasattr(optimizer.step, "_wrapped_by_lr_sched"))
-    )
-
-
-class SpanScaledOptimizer(Optimizer):
+class SpanScaledOptimizer(OptimizerProxy):
     """Wrap an optimizer so that it trains on span-scaled attention gradients.
 
     The gradients of Q and K at every attention layer of ``model`` are split into the parallel span
@@ -146,13 +110,6 @@ class SpanScaledOptimizer(Optimizer):
     def _wrap(
         self, optimizer: Optimizer, model: nn.Module, request: Request, example_inputs: Any = None
     ) -> None:
-        # Optimizer.__init__ would make parameter groups and a state of our own.
-        missing = [name for name in _INTERFACE if not hasattr(optimizer, name)]
-        if missing:
-            raise TypeError(
-                f"the optimizer must have the interface of torch.optim.Optimizer, got "
-                f"{type(optimizer).__name__} without {', '.join(missing)}"
-            )
         self._adopt(optimizer, model, request)
         self.hooks: SpanHooks = install(
             model, request, example_inputs=example_inputs, parameters=self._parameters()
@@ -162,13 +119,11 @@ class SpanScaledOptimizer(Optimizer):
 
     def _adopt(self, optimizer: Optimizer, model: nn.Module, request: Request) -> None:
         """Set the attributes that a wrapper has whether or not it is attached."""
-        self.optimizer = optimizer
+        self._stand_for(optimizer)
         self.model = model
         self._request = request
-        self._marks: dict[int, tuple[Any, int]] = {}
+        self._arrivals = Arrivals()
         self._lease = _Lease()
-        for hooks in _HOOK_TABLES:
-            setattr(self, hooks, OrderedDict())
 
     def _unhook(self) -> None:
         self.hooks = SpanHooks(self._request.on_missing)
@@ -176,18 +131,6 @@ class SpanScaledOptimizer(Optimizer):
     @property
     def _attached(self) -> bool:
         return bool(self.hooks.sites)
-
-    @property
-    def _is_front(self) -> bool:
-        """Whether this is a LightningOptimizer, which is of this class too and stands for one."""
-        return "hooks" not in self.__dict__
-
-    param_groups = _passed_on("param_groups")
-    state = _passed_on("state")
-    defaults = _passed_on("defaults")
-    # torch.amp.GradScaler hands these two to a fused optimizer.
-    grad_scale = _passed_on("grad_scale")
-    found_inf = _passed_on("found_inf")
 
     @property
     def span_groups(self) -> list[SpanGroup]:
@@ -224,46 +167,12 @@ class SpanScaledOptimizer(Optimizer):
             >>> optimizer = SpanScaledOptimizer(sgd, model, SpanScale(2.0))
             >>> optimizer.step()  # no backward pass yet, nothing to do
         """
-        if not _runs_step_hooks(self.optimizer):
-            (_, *args), kwargs = self._before_step(self, (self, *args), kwargs)  # type: ignore[assignment]
-            result = self._step(*args, **kwargs)
-            self._after_step(self, (self, *args), kwargs)
-            return result
-        # Within those of the wrapped step: global hooks are the first before it and the last after.
-        before = self.optimizer._optimizer_step_pre_hooks
-        after = self.optimizer._optimizer_step_post_hooks
-        key: Any = ("SpanScaledOptimizer", id(self))
-        before[key], after[key] = self._before_step, self._after_step
-        before.move_to_end(key, last=False)  # type: ignore[attr-defined]
-        try:
-            return self._step(*args, **kwargs)
-        finally:
-            before.pop(key, None)
-            after.pop(key, None)
+        return self._step_with_hooks(*args, **kwargs)
 
     # Optimizer would add the global step hooks, which the wrapped step runs already.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Run the hooks for before a step: a hook of the wrapped optimizer itself."""
-        _, *rest = args
-        for pre_hook in self._optimizer_step_pre_hooks.values():
-            changed = pre_hook(self, (self, *rest), kwargs)
-            if changed is not None:
-                (_, *rest), kwargs = changed
-        rest, kwargs = self._with_checks(rest, kwargs)
-        return (optimizer, *rest), kwargs
-
-    def _after_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Run the hooks for after a step: a hook of the wrapped optimizer itself."""
-        for post_hook in self._optimizer_step_post_hooks.values():
-            post_hook(self, (self, *args[1:]), kwargs)
-
-    def _with_checks(
+    def _arguments_of_step(
         self, args: Iterable[Any], kwargs: dict[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments of a step with a closure that checks what it did; check at once if
@@ -279,13 +188,9 @@ class SpanScaledOptimizer(Optimizer):
         return args, kwargs
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.optimizer.step(*args, **kwargs)
+        result = super()._step(*args, **kwargs)
         self.hooks.forget()
-        self._marks = {
-            id(parameter): (weakref.ref(parameter.grad), parameter.grad._version)
-            for parameter in self._parameters()
-            if parameter.grad is not None
-        }
+        self._arrivals.mark(self._parameters())
         return result
 
     def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -297,32 +202,7 @@ class SpanScaledOptimizer(Optimizer):
         return checked
 
     def _check_seen(self) -> None:
-        remove_stale()
-        self.hooks.check_masks()
-        if self._request.on_missing == "ignore":
-            return
-        self.hooks.compare(self._has_come)
-        if self.hooks.unseen() and any(map(self._has_come, self._parameters())):
-            self.hooks.check()
-
-    def _has_come(self, parameter: Tensor) -> bool:
-        """Return whether a gradient has come or changed since the last step and is not zero.
-
-        Zeros don't count: torch.distributed.checkpoint makes them up and takes a step to build the
-        optimizer's state. Reading them may wait for the device, but only on the way to an error.
-        """
-        grad = parameter.grad
-        if grad is None:
-            return False
-        mark, version = self._marks.get(id(parameter), (lambda: None, -1))
-        if mark() is grad and version == grad._version:
-            return False
-        values = grad._values() if grad.is_sparse else grad
-        return bool((values != 0).any())
-
-    def _parameters(self) -> Iterator[Tensor]:
-        for group in self.param_groups:
-            yield from group["params"]
+        self.hooks.check_step(self._parameters(), self._arrivals.has_come)
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Clear the gradients, as the wrapped optimizer does.
@@ -338,7 +218,7 @@ class SpanScaledOptimizer(Optimizer):
             >>> optimizer = SpanScaledOptimizer(sgd, model, SpanScale(2.0))
             >>> optimizer.zero_grad(set_to_none=True)
         """
-        remove_stale()
+        self.hooks.drop_stale()
         self.optimizer.zero_grad(*args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -456,21 +336,9 @@ class SpanScaledOptimizer(Optimizer):
         take_parameters(state_dict, self.model, self.param_groups, check=self._attached)
         check_state(state_dict, self.optimizer, self.model)
         before = {group["name"]: group.scale for group in self.span_groups}
-        state, param_groups = self.optimizer.state, self.optimizer.param_groups
-        try:
+        with restoring(self.optimizer, state_dict, lambda: self.hooks.set_scales(before)):
             self.hooks.set_scales(scales)
             self.optimizer.load_state_dict(state_dict)
-        except BaseException as error:
-            self.hooks.set_scales(before)
-            for name, value in (("state", state), ("param_groups", param_groups)):
-                if getattr(self.optimizer, name) is not value:
-                    setattr(self.optimizer, name, value)
-            if isinstance(error, (KeyError, TypeError, AttributeError)):
-                raise ValueError(
-                    f"not a state dict of {type(self.optimizer).__name__}, but one of "
-                    f"{sorted(map(str, state_dict))}: {type(error).__name__}: {error}"
-                ) from error
-            raise
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -493,18 +361,6 @@ class SpanScaledOptimizer(Optimizer):
         self.hooks.remove()
         self._unhook()
         return self.optimizer
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        own = name in self.__dict__ or hasattr(type(self), name) or "hooks" not in self.__dict__
-        if own or not hasattr(self.optimizer, name):
-            super().__setattr__(name, value)
-        else:
-            setattr(self.optimizer, name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":  # not set yet, while being unpickled
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
         scales: Any = {} if self._request.scales is None else self._request.scales
@@ -534,7 +390,7 @@ class SpanScaledOptimizer(Optimizer):
         copied.__dict__.update(self.__dict__)
         if not self._is_front:
             copied._adopt(copy.copy(self.optimizer), self.model, self._request)
-            copied.__dict__.update(_marks=dict(self._marks), _lease=self._lease)
+            copied.__dict__.update(_arrivals=copy.copy(self._arrivals), _lease=self._lease)
         return copied
 
     def __repr__(self) -> str:

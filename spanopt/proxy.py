@@ -1,0 +1,149 @@
+"""An optimizer around another one: its attributes are passed on, and hooks run in order."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["OptimizerProxy"]
+
+_INTERFACE = ("param_groups", "state", "step", "zero_grad", "state_dict", "load_state_dict")
+_HOOK_TABLES = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+def _passed_on(name: str) -> Any:
+    """Return a property that reads, sets and deletes an attribute of the wrapped optimizer."""
+
+    def get(self: OptimizerProxy) -> Any:
+        return getattr(self.optimizer, name)
+
+    def set_(self: OptimizerProxy, value: Any) -> None:
+        setattr(self.optimizer, name, value)
+
+    def delete(self: OptimizerProxy) -> None:
+        delattr(self.optimizer, name)
+
+    return property(get, set_, delete, f"The wrapped optimizer's ``{name}``.")
+
+
+def _runs_step_hooks(optimizer: Any) -> bool:
+    """Return whether ``step`` of an optimizer is PyTorch's, which runs its hooks."""
+    return (
+        isinstance(optimizer, Optimizer)
+        and all(name in vars(optimizer) for name in _HOOK_TABLES)
+        and getattr(type(optimizer).step, "hooked", False)
+        # A scheduler puts a function of its own around the step of one optimizer.
+        and ("step" not in vars(optimizer) or hasattr(optimizer.step, "_wrapped_by_lr_sched"))
+    )
+
+
+class OptimizerProxy(Optimizer):
+    """An optimizer that stands for another one and steps with it.
+
+    It has hooks of its own, for steps and for state dicts. ``param_groups``, ``state`` and
+    ``defaults`` are the other optimizer's own objects, and any attribute that this class lacks is
+    read from it and set on it. A subclass sets the attribute ``hooks`` last.
+
+    Attributes:
+        optimizer: The other optimizer.
+    """
+
+    def _stand_for(self, optimizer: Optimizer) -> None:
+        """Take an optimizer to stand for; Optimizer.__init__ would make groups of our own."""
+        missing = [name for name in _INTERFACE if not hasattr(optimizer, name)]
+        if missing:
+            raise TypeError(
+                f"the optimizer must have the interface of torch.optim.Optimizer, got "
+                f"{type(optimizer).__name__} without {', '.join(missing)}"
+            )
+        self.optimizer = optimizer
+        for hooks in _HOOK_TABLES:
+            setattr(self, hooks, OrderedDict())
+
+    @property
+    def _is_front(self) -> bool:
+        """Return whether this is a stand-in for a wrapper: of a class made from the wrapper's, with
+        the wrapper as its optimizer.
+        """
+        return "hooks" not in self.__dict__
+
+    param_groups = _passed_on("param_groups")
+    state = _passed_on("state")
+    defaults = _passed_on("defaults")
+    # torch.amp.GradScaler hands these two to a fused optimizer.
+    grad_scale = _passed_on("grad_scale")
+    found_inf = _passed_on("found_inf")
+
+    def _parameters(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    def _arguments_of_step(
+        self, args: Iterable[Any], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments for a step; what a subclass does before one is done here."""
+        return list(args), kwargs
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.optimizer.step(*args, **kwargs)
+
+    def _step_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a step with the step hooks in the order in which PyTorch runs them."""
+        if not _runs_step_hooks(self.optimizer):
+            (_, *args), kwargs = self._before_step(self, (self, *args), kwargs)  # type: ignore[assignment]
+            result = self._step(*args, **kwargs)
+            self._after_step(self, (self, *args), kwargs)
+            return result
+        # Within those of the wrapped step: global hooks are the first before it and the last after.
+        before = self.optimizer._optimizer_step_pre_hooks
+        after = self.optimizer._optimizer_step_post_hooks
+        key: Any = ("SpanScaledOptimizer", id(self))
+        before[key], after[key] = self._before_step, self._after_step
+        before.move_to_end(key, last=False)  # type: ignore[attr-defined]
+        try:
+            return self._step(*args, **kwargs)
+        finally:
+            before.pop(key, None)
+            after.pop(key, None)
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Run the hooks for before a step: a hook of the wrapped optimizer itself."""
+        _, *rest = args
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            changed = pre_hook(self, (self, *rest), kwargs)
+            if changed is not None:
+                (_, *rest), kwargs = changed
+        rest, kwargs = self._arguments_of_step(rest, kwargs)
+        return (optimizer, *rest), kwargs
+
+    def _after_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Run the hooks for after a step: a hook of the wrapped optimizer itself."""
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, (self, *args[1:]), kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in self.__dict__ or hasattr(type(self), name) or "hooks" not in self.__dict__
+        if own or not hasattr(self.optimizer, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.optimizer, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # not set yet, while being unpickled
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
