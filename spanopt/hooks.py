@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from spanopt.groups import SpanGroup
 from spanopt.node import Method
 from spanopt.placement import Placement
-from spanopt.plan import LayerPlan
+from spanopt.plan import LayerPlan, Request, plan
 from spanopt.probing import run_once
 from spanopt.scale import SpanScale
 from spanopt.scaled_layers import ScaledLayers
@@ -105,6 +106,42 @@ class SpanHooks(ScaledLayers):
         self._taps += taps
         self._shields += shields
         self._tell_taps()
+
+    @contextlib.contextmanager
+    def following(
+        self, model: nn.Module, request: Request, parameters: Iterable[Tensor]
+    ) -> Iterator[None]:
+        """Hook layers that the model has got meanwhile, and let go of those that it has no more.
+
+        Args:
+            model: The model.
+            request: What the user asks for.
+            parameters: What will be trained.
+
+        Raises:
+            ValueError: A new layer can't be scaled. Nothing is installed then, nor if what is done
+                in the context fails.
+
+        Example:
+            >>> from spanopt import attach
+            >>> model = nn.Sequential(nn.MultiheadAttention(8, 2))
+            >>> hooks = attach(model, SpanScale(2.0))
+            >>> model.append(nn.MultiheadAttention(8, 2))[1] is model[1]
+            True
+            >>> with hooks.following(model, Request(SpanScale(2.0)), model.parameters()):
+            ...     pass
+            >>> hooks.unseen()
+            ['0', '1']
+        """
+        planned = plan(model, request, parameters=parameters, hooked=self.sites)
+        self.add(planned)
+        try:
+            yield
+        except BaseException:
+            self.drop(layer.site.module for layer in planned)
+            raise
+        present = set(model.modules())
+        self.drop(site.module for site in [*self.sites] if site.module not in present)
 
     def drop(self, modules: Iterable[nn.Module]) -> None:
         """Take the taps off layers, as off those that are no longer in the model.

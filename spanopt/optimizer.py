@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,10 +15,9 @@ from spanopt.checkpoint import check_state, extended, restoring, take_parameters
 from spanopt.groups import SpanGroup
 from spanopt.hooks import SpanHooks
 from spanopt.installing import install
-from spanopt.plan import ProjectionLike, QKModules, Request, Scales, plan
+from spanopt.plan import ProjectionLike, QKModules, Request, Scales
 from spanopt.proxy import OptimizerProxy
 from spanopt.renaming import renamed
-from spanopt.scale import SpanScale
 
 __all__ = ["SpanScaledOptimizer"]
 
@@ -79,6 +77,7 @@ class SpanScaledOptimizer(OptimizerProxy):
 
     Example:
         >>> import torch
+        >>> from spanopt import SpanScale
         >>> model = torch.nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16)
         >>> optimizer = SpanScaledOptimizer(
         ...     torch.optim.AdamW(model.parameters(), lr=3e-4),
@@ -140,7 +139,7 @@ class SpanScaledOptimizer(OptimizerProxy):
             >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
             >>> sgd = torch.optim.SGD(model.parameters())
-            >>> optimizer = SpanScaledOptimizer(sgd, model, SpanScale(2.0))
+            >>> optimizer = SpanScaledOptimizer(sgd, model, (2.0, 1.0))
             >>> for group in optimizer.span_groups:
             ...     group["parallel"] = 1.5
         """
@@ -164,7 +163,7 @@ class SpanScaledOptimizer(OptimizerProxy):
             >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
             >>> sgd = torch.optim.SGD(model.parameters())
-            >>> optimizer = SpanScaledOptimizer(sgd, model, SpanScale(2.0))
+            >>> optimizer = SpanScaledOptimizer(sgd, model, (2.0, 1.0))
             >>> optimizer.step()  # no backward pass yet, nothing to do
         """
         return self._step_with_hooks(*args, **kwargs)
@@ -215,7 +214,7 @@ class SpanScaledOptimizer(OptimizerProxy):
             >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
             >>> sgd = torch.optim.SGD(model.parameters())
-            >>> optimizer = SpanScaledOptimizer(sgd, model, SpanScale(2.0))
+            >>> optimizer = SpanScaledOptimizer(sgd, model, (2.0, 1.0))
             >>> optimizer.zero_grad(set_to_none=True)
         """
         self.hooks.drop_stale()
@@ -240,33 +239,21 @@ class SpanScaledOptimizer(OptimizerProxy):
             >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
             >>> sgd = torch.optim.SGD(model.parameters())
-            >>> optimizer = SpanScaledOptimizer(sgd, model, SpanScale(2.0))
+            >>> optimizer = SpanScaledOptimizer(sgd, model, (2.0, 1.0))
             >>> optimizer.add_param_group({"params": torch.nn.Linear(2, 2).parameters()})
             >>> len(optimizer.param_groups)
             2
         """
-        if self._attached:
-            given: Any = param_group["params"]
-            if not isinstance(given, (Tensor, set)):
-                given = param_group["params"] = list(given)
-            new = [given] if isinstance(given, Tensor) else list(given)
-            # Parameters may come with their names.
-            added = [x[1] if isinstance(x, tuple) else x for x in new]
-            planned = plan(
-                self.model,
-                self._request,
-                parameters=[*self._parameters(), *added],
-                hooked=self.hooks.sites,
-            )
-            self.hooks.add(planned)
-            try:
-                self.optimizer.add_param_group(param_group)
-            except BaseException:
-                self.hooks.drop(layer.site.module for layer in planned)
-                raise
-            present = set(self.model.modules())
-            self.hooks.drop(s.module for s in [*self.hooks.sites] if s.module not in present)
-        else:
+        if not self._attached:
+            self.optimizer.add_param_group(param_group)
+            return
+        given: Any = param_group["params"]
+        if not isinstance(given, (Tensor, set)):
+            given = param_group["params"] = list(given)
+        new = [given] if isinstance(given, Tensor) else list(given)
+        # Parameters may come with their names.
+        added = [x[1] if isinstance(x, tuple) else x for x in new]
+        with self.hooks.following(self.model, self._request, [*self._parameters(), *added]):
             self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -283,7 +270,7 @@ class SpanScaledOptimizer(OptimizerProxy):
             >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
             >>> sgd = torch.optim.SGD(model.parameters())
-            >>> optimizer = SpanScaledOptimizer(sgd, model, SpanScale(2.0))
+            >>> optimizer = SpanScaledOptimizer(sgd, model, (2.0, 1.0))
             >>> optimizer.state_dict()["span_groups"]
             [{'name': '', 'parallel': 2.0, 'violation': 1.0, 'query': None, 'key': None}]
         """
@@ -314,7 +301,7 @@ class SpanScaledOptimizer(OptimizerProxy):
             >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
             >>> bare = torch.optim.SGD(model.parameters())
-            >>> optimizer = SpanScaledOptimizer(bare, model, SpanScale(2.0))
+            >>> optimizer = SpanScaledOptimizer(bare, model, (2.0, 1.0))
             >>> optimizer.load_state_dict(bare.state_dict())
         """
         if self._is_front:
@@ -352,7 +339,7 @@ class SpanScaledOptimizer(OptimizerProxy):
             >>> import torch
             >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
             >>> bare = torch.optim.SGD(model.parameters())
-            >>> SpanScaledOptimizer(bare, model, SpanScale(2.0)).detach() is bare
+            >>> SpanScaledOptimizer(bare, model, (2.0, 1.0)).detach() is bare
             True
         """
         if self._is_front:
@@ -363,13 +350,11 @@ class SpanScaledOptimizer(OptimizerProxy):
         return self.optimizer
 
     def __getstate__(self) -> dict[str, Any]:
-        scales: Any = {} if self._request.scales is None else self._request.scales
-        scales = scales if isinstance(scales, Mapping) else {"*": scales}
         now = {group["name"]: group.scale for group in self.span_groups}
         return {
             "optimizer": self.optimizer,
             "model": self.model,
-            "request": replace(self._request, scales={**(scales or {"*": SpanScale()}), **now}),
+            "request": self._request.with_scales(now),
             "attached": self._attached,
         }
 

@@ -6,7 +6,7 @@ import fnmatch
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -75,6 +75,20 @@ class Request:
     def __post_init__(self) -> None:
         if self.on_missing not in _ON_MISSING:
             raise ValueError(f"on_missing must be one of {_ON_MISSING}, got {self.on_missing!r}")
+
+    def with_scales(self, now: Mapping[str, SpanScale]) -> Request:
+        """Return the same request with other scales for some layers.
+
+        Args:
+            now: Scales by layer name.
+
+        Example:
+            >>> Request((2.0, 1.0)).with_scales({"a": SpanScale(3.0)}).scales["a"].parallel
+            3.0
+        """
+        scales: Any = SpanScale() if self.scales is None else self.scales
+        scales = scales if isinstance(scales, Mapping) else {"*": scales}
+        return replace(self, scales={**scales, **now})
 
     def methods(self, names: Sequence[str]) -> dict[str, Method]:
         """Return how the gradients of each layer are rescaled, beside the factors.
