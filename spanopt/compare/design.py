@@ -10,7 +10,7 @@ from typing import Any
 from spanopt.compare.arms import FROZEN, NEAR_NULL, PLAIN, Arms
 from spanopt.compare.grid import Grid
 from spanopt.compare.planning import Plan, Results
-from spanopt.compare.sequential import at_any_time
+from spanopt.compare.sequential import at_any_time, width
 from spanopt.compare.statistics import Change, compared
 from spanopt.compare.trial import Trial
 
@@ -156,9 +156,11 @@ class Design(Plan[Trial]):
         if self.until is None:
             return None
         judged = [*self.named.asked, *self.named.uniform.values()]
-        for count in range(2, len(self.complete(store)) + 1):
-            found = [self.change(arm, store, seeds=self.seeds[:count]) for arm in judged]
-            if all(change.high - change.low <= self.until for change in found):
+        done = self.complete(store)
+        losses = {arm: self.losses(arm, done, store) for arm in (PLAIN, *judged)}
+        for count in range(2, len(done) + 1):
+            plain = losses[PLAIN][:count]
+            if all(width(losses[arm][:count], plain) <= self.until for arm in judged):
                 return count
         return None
 

@@ -140,39 +140,45 @@ def compare(
 
 
 def _run(design: Design, task: Task, store: Store, workers: int, shown: Progress | None) -> None:
-    """Run what is pending; a pool of which a process died is replaced."""
-    lost: dict[Trial, int] = {}
+    """Run what is pending.
+
+    When a process dies, the trials in progress run again, one at a time, until it is known which of
+    them it was. A trial whose process dies when it is alone has failed.
+    """
+    suspects: set[Trial] = set()
+    alone = False
 
     def keep(trial: Trial, outcome: Future[Any]) -> None:
         error = outcome.exception()
+        if isinstance(error, BrokenProcessPool) and not alone:
+            suspects.add(trial)
+            raise error
         if error is None:
             store.keep(trial, outcome.result())
-        elif isinstance(error, BrokenProcessPool):
-            lost[trial] = lost.get(trial, 0) + 1
-            if lost[trial] < 3:
-                raise error
-            store.keep(trial, {"error": "the process of this trial died three times"})
         else:
             store.keep(trial, {"error": f"{type(error).__name__}: {error}"})
+        suspects.discard(trial)
         _check_hope(store)
+        if isinstance(error, BrokenProcessPool):
+            raise error
+
+    def pending() -> list[Trial]:
+        todo = design.pending(store)
+        return [trial for trial in todo if trial in suspects] if alone else todo
 
     while True:
-        # With one process too few trials are in progress to blame the wrong one three times.
-        running = 1 if lost else workers
+        running = 1 if alone else workers
         with _pool(task, workers, running) as pool:
             run = task.run if workers == 1 else run_in_worker
+            show = shown.show if shown else lambda done, left: None
             try:
-                run_pending(
-                    lambda: design.pending(store),
-                    run,
-                    keep,
-                    pool,
-                    running,
-                    shown.show if shown else lambda done, left: None,
-                )
-                return
+                run_pending(pending, run, keep, pool, running, show)
             except BrokenProcessPool:
+                alone = bool(suspects)
                 continue
+        if not alone:
+            return
+        alone = False
 
 
 def _pool(task: Task, workers: int, running: int) -> Executor:

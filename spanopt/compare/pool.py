@@ -103,7 +103,8 @@ def run_pending(
             if not running:
                 return
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
+            # What has a result is kept first: the outcome of another trial may end the run.
+            for future in sorted(finished, key=lambda future: future.exception() is not None):
                 keep(running.pop(future), future)
                 done += 1
     finally:

@@ -23,7 +23,7 @@ import numpy as np
 
 from spanopt.compare.statistics import Change, changes
 
-__all__ = ["at_any_time", "half_width"]
+__all__ = ["at_any_time", "half_width", "width"]
 
 ALPHA = 0.05
 MIXTURE = 1.0  # c: near the narrowest from 8 seeds to 50
@@ -39,12 +39,20 @@ def half_width(spread: float, n: int, alpha: float = ALPHA) -> float:
     """
     if n < 2:
         return math.inf
+    if spread == 0:
+        return 0.0
     grown = 1 + n * MIXTURE
     bound = (math.sqrt(grown) / alpha) ** (2 / n)
     if bound >= grown:
         return math.inf
     t2 = (n - 1) * (bound - 1) / (1 - bound / grown)
     return math.sqrt(t2 / n) * spread
+
+
+def width(losses: Sequence[float | None], baseline: Sequence[float | None]) -> float:
+    """Return the width of the interval that :func:`at_any_time` gives."""
+    values = np.array(changes(losses, baseline))
+    return 2 * half_width(float(values.std(ddof=1)), len(values)) if len(values) > 1 else math.inf
 
 
 def evidence(values: np.ndarray) -> float:
@@ -76,7 +84,7 @@ def at_any_time(losses: Sequence[float | None], baseline: Sequence[float | None]
     if n < 2:
         return Change(*(math.nan,) * 5, seeds=n, diverged=diverged)
     mean, spread = float(values.mean()), float(values.std(ddof=1))
-    half = half_width(spread, n) if spread else 0.0
+    half = half_width(spread, n)
     most = max(evidence(values[:k]) for k in range(1, n + 1))
     p = math.exp(-max(most, 0.0))
     return Change(mean, mean - half, mean + half, spread, p, n, diverged)

@@ -1,6 +1,7 @@
 """Comparisons from the first trial to the reading."""
 
 import functools
+import importlib.util
 import json
 import os
 import signal
@@ -148,12 +149,25 @@ def test_a_store_of_other_settings_is_refused_by_what_differs(tmp_path):
             run(**given)
 
 
-def test_several_processes_give_what_one_gives(tmp_path):
+def test_processes_give_what_one_gives_and_one_that_dies_fails_its_trial_alone():
     arms = {"(2, 1)": (2, 1)}
-    alone = compare(train, arms, seeds=2, **BARE)
-    several = compare(train, arms, seeds=2, workers=2, out=tmp_path, **BARE)
-    for arm in (PLAIN, "(2, 1)"):
-        assert several.losses(arm) == pytest.approx(alone.losses(arm), rel=1e-6)
+    several = compare(toy_training.dies, arms, seeds=3, workers=2, **BARE)
+    (line,) = [line for line in several.readings if line.startswith("Failed")]
+    assert line.startswith("Failed: (2, 1), seed 1: BrokenProcessPool")
+    alone = compare(simulated, arms, seeds=3, **BARE)
+    assert several.losses(PLAIN) == alone.losses(PLAIN)
+    first, _, last = alone.losses("(2, 1)")
+    assert several.losses("(2, 1)") == [first, None, last]
+
+
+def test_the_example_compares():
+    spec = importlib.util.spec_from_file_location("example", ROOT / "examples" / "compare.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    result = compare(
+        example.train, {"(2, 1)": (2, 1)}, seeds=2, steps=2, tuning_metric="tuning", **BARE
+    )
+    assert result.changes["(2, 1)"].seeds == 2
 
 
 def test_a_function_that_processes_cannot_import_is_refused():

@@ -1,6 +1,7 @@
 """Functions that train, for tests of the comparison: a tiny attention model and pure arithmetic."""
 
 import math
+import os
 
 import torch
 from torch import nn
@@ -53,6 +54,13 @@ def simulated(seed, wrap, lr=1.0, steps=100):
     helps = 0.02 + 0.001 * own if scale is not None and scale.parallel == 2.0 else 0.0
     rate = 0.1 * math.log2(lr) ** 2
     return 2.0 * (1 + 0.1 * shared) * (1 - helps) + rate
+
+
+def dies(seed, wrap):
+    """Take the process down with one seed in one arm."""
+    if seed == 1 and wrap.arm.scales is not None:
+        os._exit(3)
+    return simulated(seed, wrap)
 
 
 def killed_at(seed, wrap):
