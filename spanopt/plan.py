@@ -156,6 +156,7 @@ def plan(
         >>> plan(nn.TransformerEncoderLayer(8, nhead=2), Request(SpanScale(2.0)))[0].scale
         SpanScale(parallel=2.0, violation=1.0, query=None, key=None)
     """
+    parameters = None if parameters is None else list(parameters)
     sites, outputs = _named_by_user(model, find_attention(model), request.qk_modules or {})
     if not sites and hooked is None:
         raise ValueError(
