@@ -19,8 +19,10 @@ from spanopt.scaled_layers import ScaledLayers
 from spanopt.sites import AttentionSite
 from spanopt.table import table
 from spanopt.taps import HANDLERS
+from spanopt.taps.calls import thread
 from spanopt.taps.outputs import ProjectionTap
-from spanopt.taps.tap import Tap, remove_stale, thread
+from spanopt.taps.stack import remove_stale
+from spanopt.taps.tap import Tap
 from spanopt.unscaled import (
     CheckCalled,
     check_called,

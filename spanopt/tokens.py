@@ -10,8 +10,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from spanopt.taps.calls import live_taps, thread
 from spanopt.taps.real import Tokens
-from spanopt.taps.tap import live_taps, thread
 
 __all__ = ["token_mask"]
 

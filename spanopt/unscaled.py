@@ -15,8 +15,9 @@ from spanopt.errors import (
     not_scaled_since_step,
     unclear_mask,
 )
+from spanopt.taps.calls import thread
 from spanopt.taps.module_hooks import no_hook
-from spanopt.taps.tap import Tap, thread
+from spanopt.taps.tap import Tap
 
 __all__ = [
     "CheckCalled",

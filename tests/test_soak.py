@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from spanopt import SpanScale, SpanScaledOptimizer, SpanScheduler
 from spanopt.schedules import cosine
-from spanopt.taps.tap import live_taps, thread
+from spanopt.taps.calls import live_taps, thread
 
 SCALE = SpanScale(query=(3.0, 0.5), key=(0.5, 2.0))
 OF = {f"blocks.{i}.attn": {"query": (3.0, 0.5), "key": (0.5, 2.0)} for i in range(2)}

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from spanopt.compiling import constant_when_traced
+from spanopt.taps.calls import thread
 from spanopt.taps.layouts import OutputLayout
 from spanopt.taps.outputs import ProjectionTap
 from spanopt.taps.padding import NotedMasks, is_padding_name, padding_masks
-from spanopt.taps.tap import Tap, thread
+from spanopt.taps.tap import Tap
 
 __all__ = ["Enter", "Hook", "Leave", "NoteMasks", "Output", "Projected", "drop_inert", "no_hook"]
 

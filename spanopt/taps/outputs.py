@@ -16,9 +16,11 @@ from spanopt.node import Method, multiplied, rescale_tokens
 from spanopt.scale import SpanScale
 from spanopt.setups import NEED_OTHER
 from spanopt.sites import AttentionSite
+from spanopt.taps.calls import thread
 from spanopt.taps.layouts import OutputLayout
 from spanopt.taps.real import Tokens, given_tokens
-from spanopt.taps.tap import Tap, thread
+from spanopt.taps.refusals import refuse, refuse_vmap
+from spanopt.taps.tap import Tap
 from spanopt.taps.watcher import Watched, Watcher
 
 __all__ = ["ProjectionTap"]
@@ -74,8 +76,8 @@ class ProjectionTap(Tap):
                 f"projection tap, got {type(output).__name__}"
             )
         whole = output
-        self.refuse(**{name: output})
-        self.refuse_vmap(output)
+        refuse(self.site, **{name: output})
+        refuse_vmap(self.site.name, output)
         projection.check(layer, output.shape[-1])
         if output.ndim > 2 and not projection.batch_first:
             output = output.transpose(0, 1)

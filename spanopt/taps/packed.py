@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from spanopt.compiling import in_graph
 from spanopt.taps.masks import Read, allowed, read
 from spanopt.taps.real import Tokens, appended, real_tokens
+from spanopt.taps.refusals import refuse, refuse_vmap
 from spanopt.taps.tap import SideScale, Tap, other_sides
 from spanopt.taps.watcher import Watcher
 
@@ -53,8 +54,8 @@ def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any
     bound = {**dict(zip(_ARGUMENTS[: len(args)], args, strict=True)), **kwargs}
     query, key, heads = bound["query"], bound["key"], bound["num_heads"]
     sources = _sources(bound)
-    tap.refuse(query=query, key=key)
-    tap.refuse_vmap(*sources)
+    refuse(tap.site, query=query, key=key)
+    refuse_vmap(tap.site.name, *sources)
     lengths = tuple(x.shape[0] for x in (query, key))
     tap.mark("packed", heads, heads, bound["embed_dim_to_check"] // heads, lengths)
     if tap.is_idle():

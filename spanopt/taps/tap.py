@@ -4,59 +4,46 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
-import threading
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import (
     TorchFunctionMode,
-    _get_current_function_mode_stack,
     _pop_mode,
     _push_mode,
 )
 
-from spanopt.compiling import constant_when_traced, not_compiled_alone
+from spanopt.compiling import not_compiled_alone
 from spanopt.errors import unclear_mask
 from spanopt.node import Method, span_node, uniform_node
 from spanopt.scale import Factor, SpanScale
 from spanopt.setups import NEED_OTHER, SETUPS
-from spanopt.shards import is_context_parallel, is_spread
+from spanopt.shards import is_spread
 from spanopt.sites import AttentionSite
 from spanopt.taps.account import Account, may_train, nodes_of
-from spanopt.taps.graph import Trail
+from spanopt.taps.calls import Call, GivenTokens, Repeats, live_taps, taps_by_name, thread
 from spanopt.taps.masks import Read, Verdict, can_be_read
-from spanopt.taps.notes import Notes
 from spanopt.taps.once import judge_once
 from spanopt.taps.padding import NotedMasks
 from spanopt.taps.real import Tokens, real_tokens
-from spanopt.taps.running import (
-    calling_frame,
-    calls_forward_directly,
-    calls_of,
-    is_checkpointed,
-    is_over,
-    place_in,
-    traced_place_in,
+from spanopt.taps.refusals import check_heads, refuse, refuse_vmap
+from spanopt.taps.running import calls_forward_directly, is_checkpointed, place_in
+from spanopt.taps.stack import (
+    INSIDE,
+    INSIDE_PERHAPS,
+    OUTSIDE_PERHAPS,
+    is_traced_directly,
+    remove_stale,
+    take_out,
+    traced_place,
 )
 from spanopt.taps.streams import Streams
 from spanopt.taps.watcher import Watched, Watcher, watch_node
 
-__all__ = [
-    "Call",
-    "Handler",
-    "SideScale",
-    "Tap",
-    "live_taps",
-    "other_sides",
-    "remove_stale",
-    "thread",
-]
+__all__ = ["Handler", "SideScale", "Tap", "other_sides"]
 
 
 class SideScale(NamedTuple):
@@ -166,8 +153,6 @@ class SideScale(NamedTuple):
 
 _OF_ONE_SIDE = frozenset(SETUPS) - NEED_OTHER
 
-GivenTokens: TypeAlias = "tuple[Tokens | None, Tokens | None] | None"
-
 
 def other_sides(
     setup: str, layer: str, query: Tensor, key: Tensor
@@ -196,79 +181,6 @@ def other_sides(
     return key.detach(), query.detach()
 
 
-class Call:
-    """One call of a layer that is watched.
-
-    Attributes:
-        tap: The layer's tap.
-        name: The tap's ``unique_name``.
-        outer: The watched call that this one is made in.
-        frame: Where the call runs; ``None`` where it was entered by compiled code.
-        at: The place in that frame's code, see :func:`~spanopt.taps.running.calling_frame`.
-        given: The real tokens of queries and keys, as :func:`spanopt.token_mask` gives them.
-        seen: Attention was seen, with gradients on.
-        streams: Which tensors were computed from which of the layer's inputs.
-        scores: What the softmax tap knows of tensors.
-        trail: Where these tensors are in the autograd graph.
-    """
-
-    def __init__(
-        self, tap: Tap, outer: Call | None, arguments: Any, given: GivenTokens = None
-    ) -> None:
-        self.tap = tap
-        self.name = tap.unique_name
-        self.outer = outer
-        self.frame: FrameType | None = None
-        self.at = 0
-        if not torch.compiler.is_compiling():
-            self.frame, self.at = calling_frame()
-        self.given = given
-        self.seen = False
-        self.streams = Streams(arguments)
-        self.scores: Notes[Any] = Notes()
-        self.trail = Trail()
-
-    def is_over(self) -> bool:
-        """Return whether an exception has ended the call and its hooks were not told."""
-        return is_over(self.frame, self.at)
-
-    def close(self) -> None:
-        """Leave nothing on the tensors, and let go of the frame."""
-        if not torch.compiler.is_dynamo_compiling():
-            self.frame = None
-        self.streams.close()
-        self.scores.close()
-        self.trail.close()
-
-
-class _Calls:
-    def __init__(self) -> None:
-        self.innermost: Call | None = None
-
-
-class _Thread(threading.local):
-    """What the taps of one thread share.
-
-    Attributes:
-        busy: A call is in the hands of a tap. It goes on to the tap of an enclosing layer, of this
-            attachment or another, which must leave it alone.
-        probing: Calls are looked for even where gradients are off.
-        calls: The innermost call that is watched. In an object of its own: compiled code does not
-            write to a ``threading.local``.
-        tokens: Real tokens of queries and keys by layer name, as :func:`spanopt.token_mask` gives
-            them, shape ``(B, N)``.
-    """
-
-    def __init__(self) -> None:  # once in every thread; Dynamo guards on class attributes badly
-        self.busy = False
-        self.probing = False
-        self.calls = _Calls()
-        self.tokens: Mapping[str, GivenTokens] | None = None
-
-
-thread = _Thread()
-live_taps: weakref.WeakSet[Tap] = weakref.WeakSet()
-_named: weakref.WeakValueDictionary[str, Tap] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
@@ -324,12 +236,11 @@ class Tap(TorchFunctionMode):
         self.deferred = False
         self.unclear = _counter(torch.device("cpu"))
         self._handlers = handlers
-        self._given: list[GivenTokens] = []
-        self._ran_again = False
+        self._repeats = Repeats(site.name)
         self.checkpoints = False
         self.set_scale(scale)
         live_taps.add(self)
-        _named[self.unique_name] = self
+        taps_by_name[self.unique_name] = self
 
     def set_scale(self, scale: SpanScale) -> None:
         """Take other scales, from the next forward pass on.
@@ -350,8 +261,8 @@ class Tap(TorchFunctionMode):
             for side in ("query", "key")
         )
         if self.site.heads is not None:
-            self._check_heads("query", query, self.site.heads)
-            self._check_heads("key", key, self.site.kv_heads)
+            check_heads(self.site.name, "query", query.factors, self.site.heads)
+            check_heads(self.site.name, "key", key.factors, self.site.kv_heads)
         self.query, self.key = query, key
 
     def watching(self) -> Watcher | None:
@@ -374,13 +285,13 @@ class Tap(TorchFunctionMode):
         """
         given = (thread.tokens or {}).get(self.site.name)
         if torch.compiler.is_compiling():
-            _traced_place(self.unique_name)
+            traced_place(self.unique_name)
         else:
             remove_stale(self)
             if torch._C._current_graph_task_id() == -1:  # no backward pass is under way
-                self._remember(given)
-            elif self._given:
-                given = self._recall()
+                self._repeats.remember(given)
+            else:
+                given = self._repeats.recall(given)
         self.entered = True
         self.multiplied = False
         self.site.takes_softmax = False
@@ -390,28 +301,11 @@ class Tap(TorchFunctionMode):
     def pass_by(self) -> None:
         """Note that the layer runs without gradients, perhaps for the first of two times."""
         if is_checkpointed():
-            self._remember((thread.tokens or {}).get(self.site.name))
-
-    def _remember(self, given: GivenTokens) -> None:
-        """Note the tokens of a forward pass, with which activation checkpointing repeats it."""
-        if self._ran_again:
-            self._given, self._ran_again = [], False
-        if len(self._given) < 2 and not any(_are_same(given, other) for other in self._given):
-            self._given.append(given)
-
-    def _recall(self) -> GivenTokens:
-        self._ran_again = True
-        if len(self._given) > 1:
-            raise RuntimeError(
-                f"layer {self.site.name!r} runs again in the backward pass, for activation "
-                "checkpointing, after forward passes with different token_mask: call backward() "
-                "after each of them, and evaluate under torch.no_grad()"
-            )
-        return self._given[0]
+            self._repeats.remember((thread.tokens or {}).get(self.site.name))
 
     def forget_tokens(self) -> None:
         """Forget the tokens of past forward passes, as after an optimizer step."""
-        self._given = []
+        self._repeats.forget()
         for noted in self.noted:
             noted.masks = []
         if self.deferred:
@@ -424,7 +318,7 @@ class Tap(TorchFunctionMode):
         if torch.compiler.is_compiling():
             _pop_mode()
         else:
-            _take_out(self)
+            take_out(self)
 
     def current_call(self) -> Call | None:
         """Return the innermost call of the layer that is watched in this thread."""
@@ -477,10 +371,10 @@ class Tap(TorchFunctionMode):
         if self.removed or call is None or call.is_over():
             return False
         if torch.compiler.is_compiling():
-            place = _traced_place(self.unique_name)
-            if place >= _OUTSIDE_PERHAPS and call.frame is None:
+            place = traced_place(self.unique_name)
+            if place >= OUTSIDE_PERHAPS and call.frame is None:
                 torch._dynamo.graph_break()  # the code may be run elsewhere: each time look anew
-            return place in (_INSIDE, _INSIDE_PERHAPS)
+            return place in (INSIDE, INSIDE_PERHAPS)
         inside, self.checkpoints = place_in(self.site.module, call.frame)
         return inside
 
@@ -507,8 +401,8 @@ class Tap(TorchFunctionMode):
             ValueError: The number of per-head values is not the number of heads.
         """
         self.site.tap = tap
-        self.refuse(query=query, key=key)
-        self.refuse_vmap(query, key)
+        refuse(self.site, query=query, key=key)
+        refuse_vmap(self.site.name, query, key)
         # Without a dimension for them, heads are merged into the batch and can't be told apart.
         heads, kv_heads = (math.prod(x.shape[1:-2]) if x.ndim > 3 else 0 for x in (query, key))
         self.mark(
@@ -518,52 +412,6 @@ class Tap(TorchFunctionMode):
             query.shape[-1],
             (query.shape[-2], key.shape[-2]),
         )
-
-    def refuse(self, **tensors: Tensor) -> None:
-        """Refuse tensors that have no span in the sense of this library.
-
-        Args:
-            **tensors: Tensors by name.
-
-        Raises:
-            TypeError: One of them is nested, sparse or complex, or a part of what it should be.
-        """
-        for name, x in tensors.items():
-            self._refuse_part(name, x)
-            if x.is_nested or x.layout != torch.strided or not x.is_floating_point():
-                size = "nested" if x.is_nested else tuple(x.shape)
-                raise TypeError(
-                    f"layer {self.site.name!r}: the {name} tensor must be dense, strided and "
-                    f"real floating point, got {x.layout} {x.dtype} of size {size}; "
-                    "pad it to a dense tensor, or scale the layer with None"
-                )
-
-    def _refuse_part(self, name: str, x: Tensor) -> None:
-        """Refuse what is one process's part of a tensor, or spread where no node can go."""
-        layer = f"layer {self.site.name!r}"
-        if is_spread(x):
-            if self.site.tap in ("projection", "softmax"):
-                raise TypeError(
-                    f"{layer}: {name} is a DTensor, which only an attention that calls "
-                    "torch.nn.functional.scaled_dot_product_attention may have: call that, go "
-                    "on with to_local() before the attention, or scale the layer with None"
-                )
-        elif is_context_parallel():
-            raise TypeError(
-                f"{layer}: the sequence is sharded by context_parallel, and {name} is a process's "
-                "part of it, whose span is another: let the layer's forward call "
-                "torch.nn.functional.scaled_dot_product_attention itself, which then sees the "
-                "whole sequence, or scale the layer with None"
-            )
-        if self.site.tap == "projection":
-            owner = self.site.module.get_submodule(name)
-            if isinstance(owner, nn.Linear) and x.shape[-1] != owner.out_features:
-                raise TypeError(
-                    f"{layer}: {name!r} returns {x.shape[-1]} of its {owner.out_features} "
-                    "features, as under tensor parallelism, and nothing tells the heads of this "
-                    "process: write q = spanopt.span_node(q, parallel, violation), and the same "
-                    "for k, in the layer's forward instead"
-                )
 
     def tokens(
         self, query: Tensor, key: Tensor, read: Read, self_attention: bool
@@ -702,7 +550,7 @@ class Tap(TorchFunctionMode):
             result: What it returned, with gradients on.
         """
         if torch.compiler.is_compiling():
-            if _is_traced_directly(self.unique_name):
+            if is_traced_directly(self.unique_name):
                 self.account.direct = True
             return
         call = self.current_call()
@@ -721,24 +569,6 @@ class Tap(TorchFunctionMode):
         if self.called or self.site.asked:
             return True
         return (self.site.certain or self.lost) and (self.connected or not self.detached)
-
-    def refuse_vmap(self, *tensors: Tensor | None) -> None:
-        """Refuse tensors that don't tell whether they take part in differentiation.
-
-        Args:
-            *tensors: Any tensors.
-
-        Raises:
-            TypeError: One of them is batched by ``torch.vmap``.
-        """
-        if torch.compiler.is_compiling():
-            return
-        for x in tensors:
-            if x is not None and torch._C._functorch.is_batchedtensor(x):
-                raise TypeError(
-                    f"layer {self.site.name!r}: its gradient can't be rescaled under torch.vmap; "
-                    "call the model on a batch, or take the hooks off"
-                )
 
     def mark(
         self,
@@ -760,8 +590,8 @@ class Tap(TorchFunctionMode):
         Raises:
             ValueError: The number of per-head values is not the number of heads.
         """
-        self._check_heads("query", self.query, heads)
-        self._check_heads("key", self.key, kv_heads)
+        check_heads(self.site.name, "query", self.query.factors, heads)
+        check_heads(self.site.name, "key", self.key.factors, kv_heads)
         self.called = True
         site = self.site
         site.tap = tap
@@ -772,14 +602,6 @@ class Tap(TorchFunctionMode):
             call = self.current_call()
             if call is not None:
                 call.seen = True
-
-    def _check_heads(self, side: str, scale: SideScale, heads: int | None) -> None:
-        if scale.factors.ndim > 1 and scale.factors.shape[1] != heads:
-            raise ValueError(
-                f"layer {self.site.name!r}: {scale.factors.shape[1]} per-head values on the {side} "
-                f"side, which has {heads or 'no dimension for its'} heads; "
-                f"give one number{f', or {heads} values' if heads else ''}"
-            )
 
 
 def _counter(device: torch.device) -> Tensor:
@@ -795,80 +617,6 @@ def _counter(device: torch.device) -> Tensor:
 def _unflatten(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     # Dynamo cannot trace the super() of Tensor.unflatten from inside a function mode.
     return x.unflatten(*args, **kwargs)
-
-
-def remove_stale(entering: Tap | None = None) -> None:
-    """Take taps off this thread's stack whose layer is not running any more.
-
-    Module hooks are not called when a forward pass ends in a KeyboardInterrupt, as that of a
-    notebook cell, so the tap stays on the stack. Until it is taken off it passes calls through.
-
-    Args:
-        entering: A tap whose layer is being called and that is not on the stack for it yet.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        return
-    _watch_compilations()
-    stack = _get_current_function_mode_stack()
-    for tap in {mode for mode in stack if isinstance(mode, Tap)}:
-        running = 0 if tap.removed else calls_of(tap.site.module) - (tap is entering)
-        for _ in range(stack.count(tap) - max(running, 0)):
-            tap.forget_call()
-            _take_out(tap)
-
-
-def _watch_compilations() -> None:
-    """Have stale taps taken off before anything is compiled, which would else trace them.
-
-    ``torch.compiler.reset`` takes this off again, so it is done whenever a layer is entered.
-    """
-    dynamo: Any = sys.modules.get("torch._dynamo.callback")
-    if dynamo is not None and _before_compilation not in dynamo.callback_handler.start_callbacks:
-        dynamo.callback_handler.register_start_callback(_before_compilation)
-
-
-def _before_compilation(*args: Any) -> None:
-    remove_stale()
-
-
-@constant_when_traced
-def _traced_place(unique_name: str) -> int:
-    """Return what a tap must know of what is being traced: one of the numbers below.
-
-    A helper of :meth:`Tap.is_live`, which ``torch.compile`` calls as it traces it.
-    """
-    _watch_compilations()
-    tap = _named.get(unique_name)
-    if tap is None:
-        return _OUTSIDE
-    inside, whole, known = traced_place_in(tap.site.module)
-    if not whole and not known:
-        return _INSIDE_PERHAPS if inside else _OUTSIDE_PERHAPS
-    return _INSIDE if inside else _OUTSIDE
-
-
-@constant_when_traced
-def _is_traced_directly(unique_name: str) -> bool:
-    """Return whether a layer's forward is being traced, and no call of the layer.
-
-    A helper of :meth:`Tap.note_projected`, which ``torch.compile`` calls as it traces it.
-    """
-    tap = _named.get(unique_name)
-    return tap is not None and calls_forward_directly(tap.site.module, traced=True)
-
-
-_OUTSIDE, _INSIDE, _OUTSIDE_PERHAPS, _INSIDE_PERHAPS = range(4)
-
-
-def _take_out(tap: Tap) -> None:
-    above = []
-    while tap in _get_current_function_mode_stack():
-        mode = _pop_mode()
-        if mode is tap:
-            break
-        above.append(mode)
-    for mode in reversed(above):
-        _push_mode(mode)
 
 
 def _may_carry_gradient(value: Any) -> bool:
@@ -891,14 +639,6 @@ def _may_carry_gradient(value: Any) -> bool:
 
 def _itself(x: Tensor) -> Tensor:
     return x
-
-
-def _are_same(a: GivenTokens, b: GivenTokens) -> bool:
-    """Return whether tokens are the same, as far as can be told without reading them."""
-    if a is None or b is None or a is b:
-        return a is b
-    pairs = [(one or Tokens(), other or Tokens()) for one, other in zip(a, b, strict=True)]
-    return all(x.mask is y.mask and x.documents is y.documents for x, y in pairs)
 
 
 Handler: TypeAlias = Callable[..., Any]

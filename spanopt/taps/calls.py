@@ -1,0 +1,152 @@
+"""One call of a layer, and what the calls of one thread share."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from spanopt.taps.graph import Trail
+from spanopt.taps.notes import Notes
+from spanopt.taps.real import Tokens
+from spanopt.taps.running import calling_frame, is_over
+from spanopt.taps.streams import Streams
+
+if TYPE_CHECKING:
+    from spanopt.taps.tap import Tap
+
+__all__ = ["Call", "GivenTokens", "Repeats", "live_taps", "taps_by_name", "thread"]
+
+GivenTokens: TypeAlias = "tuple[Tokens | None, Tokens | None] | None"
+"""Real tokens of queries and keys, as :func:`spanopt.token_mask` gives them."""
+
+
+class Call:
+    """One call of a layer that is watched.
+
+    Attributes:
+        tap: The layer's tap.
+        name: The tap's ``unique_name``.
+        outer: The watched call that this one is made in.
+        frame: Where the call runs; ``None`` where it was entered by compiled code.
+        at: The place in that frame's code, see :func:`~spanopt.taps.running.calling_frame`.
+        given: The real tokens of queries and keys, as :func:`spanopt.token_mask` gives them.
+        seen: Attention was seen, with gradients on.
+        streams: Which tensors were computed from which of the layer's inputs.
+        scores: What the softmax tap knows of tensors.
+        trail: Where these tensors are in the autograd graph.
+    """
+
+    def __init__(
+        self, tap: Tap, outer: Call | None, arguments: Any, given: GivenTokens = None
+    ) -> None:
+        self.tap = tap
+        self.name = tap.unique_name
+        self.outer = outer
+        self.frame: FrameType | None = None
+        self.at = 0
+        if not torch.compiler.is_compiling():
+            self.frame, self.at = calling_frame()
+        self.given = given
+        self.seen = False
+        self.streams = Streams(arguments)
+        self.scores: Notes[Any] = Notes()
+        self.trail = Trail()
+
+    def is_over(self) -> bool:
+        """Return whether an exception has ended the call and its hooks were not told."""
+        return is_over(self.frame, self.at)
+
+    def close(self) -> None:
+        """Leave nothing on the tensors, and let go of the frame."""
+        if not torch.compiler.is_dynamo_compiling():
+            self.frame = None
+        self.streams.close()
+        self.scores.close()
+        self.trail.close()
+
+
+class _Calls:
+    def __init__(self) -> None:
+        self.innermost: Call | None = None
+
+
+class _Thread(threading.local):
+    """What the taps of one thread share.
+
+    Attributes:
+        busy: A call is in the hands of a tap. It goes on to the tap of an enclosing layer, of this
+            attachment or another, which must leave it alone.
+        probing: Calls are looked for even where gradients are off.
+        calls: The innermost call that is watched. In an object of its own: compiled code does not
+            write to a ``threading.local``.
+        tokens: Real tokens of queries and keys by layer name, as :func:`spanopt.token_mask` gives
+            them, shape ``(B, N)``.
+    """
+
+    def __init__(self) -> None:  # once in every thread; Dynamo guards on class attributes badly
+        self.busy = False
+        self.probing = False
+        self.calls = _Calls()
+        self.tokens: Mapping[str, GivenTokens] | None = None
+
+
+thread = _Thread()
+live_taps: weakref.WeakSet[Tap] = weakref.WeakSet()
+taps_by_name: weakref.WeakValueDictionary[str, Tap] = weakref.WeakValueDictionary()
+
+
+class Repeats:
+    """The tokens of a layer's past forward passes, which activation checkpointing may repeat.
+
+    Args:
+        layer: Name of the layer, for the error.
+    """
+
+    def __init__(self, layer: str) -> None:
+        self._layer = layer
+        self._given: list[GivenTokens] = []
+        self._ran_again = False
+
+    def remember(self, given: GivenTokens) -> None:
+        """Note the tokens of a forward pass."""
+        if self._ran_again:
+            self._given, self._ran_again = [], False
+        if len(self._given) < 2 and not any(_are_same(given, other) for other in self._given):
+            self._given.append(given)
+
+    def recall(self, given: GivenTokens) -> GivenTokens:
+        """Return the tokens of the forward pass that a backward pass repeats.
+
+        Args:
+            given: What holds where no forward pass was noted.
+
+        Raises:
+            RuntimeError: There were several forward passes with different tokens.
+        """
+        if not self._given:
+            return given
+        self._ran_again = True
+        if len(self._given) > 1:
+            raise RuntimeError(
+                f"layer {self._layer!r} runs again in the backward pass, for activation "
+                "checkpointing, after forward passes with different token_mask: call backward() "
+                "after each of them, and evaluate under torch.no_grad()"
+            )
+        return self._given[0]
+
+    def forget(self) -> None:
+        """Forget past forward passes, as after an optimizer step."""
+        self._given = []
+
+
+def _are_same(a: GivenTokens, b: GivenTokens) -> bool:
+    """Return whether tokens are the same, as far as can be told without reading them."""
+    if a is None or b is None or a is b:
+        return a is b
+    pairs = [(one or Tokens(), other or Tokens()) for one, other in zip(a, b, strict=True)]
+    return all(x.mask is y.mask and x.documents is y.documents for x, y in pairs)

@@ -1,0 +1,103 @@
+"""Taps on a thread's stack of function modes: what is stale is taken off, also for the compiler."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+
+from spanopt.compiling import constant_when_traced
+from spanopt.taps.calls import live_taps, taps_by_name
+from spanopt.taps.running import calls_forward_directly, calls_of, traced_place_in
+
+if TYPE_CHECKING:
+    from spanopt.taps.tap import Tap
+
+__all__ = [
+    "INSIDE",
+    "INSIDE_PERHAPS",
+    "OUTSIDE",
+    "OUTSIDE_PERHAPS",
+    "is_traced_directly",
+    "remove_stale",
+    "take_out",
+    "traced_place",
+]
+
+
+def remove_stale(entering: Tap | None = None) -> None:
+    """Take taps off this thread's stack whose layer is not running any more.
+
+    Module hooks are not called when a forward pass ends in a KeyboardInterrupt, as that of a
+    notebook cell, so the tap stays on the stack. Until it is taken off it passes calls through.
+
+    Args:
+        entering: A tap whose layer is being called and that is not on the stack for it yet.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return
+    watch_compilations()
+    stack = _get_current_function_mode_stack()
+    taps: set[Any] = {mode for mode in stack if mode in live_taps}
+    for tap in taps:
+        running = 0 if tap.removed else calls_of(tap.site.module) - (tap is entering)
+        for _ in range(stack.count(tap) - max(running, 0)):
+            tap.forget_call()
+            take_out(tap)
+
+
+def watch_compilations() -> None:
+    """Have stale taps taken off before anything is compiled, which would else trace them.
+
+    ``torch.compiler.reset`` takes this off again, so it is done whenever a layer is entered.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo.callback")
+    if dynamo is not None and _before_compilation not in dynamo.callback_handler.start_callbacks:
+        dynamo.callback_handler.register_start_callback(_before_compilation)
+
+
+def _before_compilation(*args: Any) -> None:
+    remove_stale()
+
+
+@constant_when_traced
+def traced_place(unique_name: str) -> int:
+    """Return what a tap must know of what is being traced: one of the numbers below.
+
+    A helper of :meth:`Tap.is_live`, which ``torch.compile`` calls as it traces it.
+    """
+    watch_compilations()
+    tap = taps_by_name.get(unique_name)
+    if tap is None:
+        return OUTSIDE
+    inside, whole, known = traced_place_in(tap.site.module)
+    if not whole and not known:
+        return INSIDE_PERHAPS if inside else OUTSIDE_PERHAPS
+    return INSIDE if inside else OUTSIDE
+
+
+@constant_when_traced
+def is_traced_directly(unique_name: str) -> bool:
+    """Return whether a layer's forward is being traced, and no call of the layer.
+
+    A helper of :meth:`Tap.note_projected`, which ``torch.compile`` calls as it traces it.
+    """
+    tap = taps_by_name.get(unique_name)
+    return tap is not None and calls_forward_directly(tap.site.module, traced=True)
+
+
+OUTSIDE, INSIDE, OUTSIDE_PERHAPS, INSIDE_PERHAPS = range(4)
+
+
+def take_out(tap: Tap) -> None:
+    """Take a tap off this thread's stack, wherever on it the tap is by now."""
+    above = []
+    while tap in _get_current_function_mode_stack():
+        mode = _pop_mode()
+        if mode is tap:
+            break
+        above.append(mode)
+    for mode in reversed(above):
+        _push_mode(mode)
