@@ -32,6 +32,11 @@ docs: .venv/docs.stamp
 serve-docs: .venv/docs.stamp
 	$(SITE) serve
 
+# The pictures of the method and of the floors.
+pictures: .venv/dev.stamp
+	.venv/bin/python docs/pictures/method.py
+	.venv/bin/python docs/pictures/architecture.py
+
 # The table of tested models, from the tests that train them.
 models-table: .venv/test.stamp
 	.venv/bin/python -m pytest -n 2 tests/test_transformers.py tests/test_libraries.py \

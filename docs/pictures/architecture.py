@@ -1,7 +1,8 @@
 """Draw the floors of the package and what imports what: docs/architecture.png.
 
-The floors are the ``layers`` contract in ``pyproject.toml`` that ``lint-imports`` checks, and the
-arrows are read from the import statements. Nothing in the picture is placed by hand.
+The floors are those of ``tests/test_floors.py``, which holds the imports to them, and the arrows
+are read from the import statements. An arrow that a chain of others implies is left out. Nothing
+in the picture is placed by hand.
 """
 
 from __future__ import annotations
@@ -14,35 +15,45 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
-
 ROOT = Path(__file__).parents[2]
 PACKAGE = "spanopt"
 
 
 def floors() -> list[list[str]]:
-    """Return the modules of each floor, the highest floor first, from the contract."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
-    (contract,) = (c for c in settings["contracts"] if c["type"] == "layers")
-    return [
-        [name.strip("() ").removeprefix(f"{PACKAGE}.") for name in re.split(r"[|:]", layer)]
-        for layer in contract["layers"]
-    ]
+    """Return the modules of each floor, the highest floor first."""
+    source = (ROOT / "tests" / "test_floors.py").read_text(encoding="utf-8")
+    (lines,) = re.findall(r'^FLOORS = """\n(.*?)^"""', source, re.MULTILINE | re.DOTALL)
+    return [[x for x in line.split() if x != "__init__"] for line in lines.splitlines()]
 
 
 def imports(modules: list[str]) -> Iterator[tuple[str, str]]:
     """Yield pairs of modules of which the first imports the second."""
     for module in modules:
-        path = ROOT / PACKAGE / Path(*module.split("."))
+        path = ROOT / PACKAGE / module
         files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
         names = {name for file in files for name in _imported(ast.parse(file.read_text()))}
         for other in modules:
             full = f"{PACKAGE}.{other}"
             if other != module and any(n == full or n.startswith(full + ".") for n in names):
                 yield module, other
+
+
+def reduced(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Return the arrows that no chain of others implies."""
+    below: dict[str, set[str]] = {}
+
+    def reached(name: str) -> set[str]:
+        if name not in below:
+            direct = {there for here, there in arrows if here == name}
+            below[name] = direct.union(*map(reached, direct))
+        return below[name]
+
+    direct = {here: {there for x, there in arrows if x == here} for here, _ in arrows}
+    return {
+        (here, there)
+        for here, there in arrows
+        if not any(there in reached(other) for other in direct[here] - {there})
+    }
 
 
 def _imported(tree: ast.Module) -> Iterator[str]:
@@ -56,31 +67,31 @@ def _imported(tree: ast.Module) -> Iterator[str]:
 
 def draw(path: Path) -> None:
     """Draw the picture into a file."""
-    rows = floors()
+    rows = [row for row in floors() if row]
     width = max(map(len, rows))
-    figure, axes = plt.subplots(figsize=(1.75 * width + 0.5, 0.85 * len(rows) + 0.3))
+    figure, axes = plt.subplots(figsize=(1.9 * width + 0.5, 0.4 * len(rows) + 0.3))
     place = {}
     for y, row in enumerate(rows):
         for i, name in enumerate(row):
             place[name] = (width / 2 + (i - (len(row) - 1) / 2), -float(y))
-    for source, target in imports(list(place)):
+    for source, target in sorted(reduced(set(imports(list(place))))):
         (x, y), (u, v) = place[source], place[target]
         arrow = FancyArrowPatch(
-            (x, y - 0.2),
-            (u, v + 0.24),
+            (x, y - 0.3),
+            (u, v + 0.32),
             arrowstyle="-|>",
             mutation_scale=7,
             color="#0072b2",
-            alpha=0.28,
+            alpha=0.6,
             linewidth=0.9,
-            connectionstyle=f"arc3,rad={0.12 if abs(y - v) > 1 else 0}",
+            connectionstyle=f"arc3,rad={0.15 if abs(y - v) > 1 else 0}",
         )
         axes.add_patch(arrow)
     for name, (x, y) in place.items():
         box = FancyBboxPatch(
-            (x - 0.42, y - 0.2),
-            0.84,
-            0.4,
+            (x - 0.36, y - 0.28),
+            0.72,
+            0.56,
             boxstyle="round,pad=0.02",
             facecolor="white",
             edgecolor="#444444",
@@ -88,7 +99,7 @@ def draw(path: Path) -> None:
             zorder=3,
         )
         axes.add_patch(box)
-        axes.text(x, y, name.replace(".", ".\n"), ha="center", va="center", fontsize=8, zorder=4)
+        axes.text(x, y, name, ha="center", va="center", fontsize=8, zorder=4)
     axes.set_xlim(0, width + 0.0)
     axes.set_ylim(-len(rows) + 0.4, 0.5)
     axes.axis("off")
