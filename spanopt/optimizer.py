@@ -186,11 +186,10 @@ class SpanScaledOptimizer(OptimizerProxy):
             self._check_seen()
         return args, kwargs
 
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
-        result = super()._step(*args, **kwargs)
+    def _note_step(self) -> None:
+        """Forget what was seen until this step, and mark the gradients that it has used."""
         self.hooks.forget()
         self._arrivals.mark(self._parameters())
-        return result
 
     def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def checked() -> Any:

@@ -95,14 +95,14 @@ class OptimizerProxy(Optimizer):
         """Return the arguments for a step; what a subclass does before one is done here."""
         return list(args), kwargs
 
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
-        return self.optimizer.step(*args, **kwargs)
+    def _note_step(self) -> None:
+        """Take note that a step was taken, before the hooks for after it run."""
 
     def _step_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """Take a step with the step hooks in the order in which PyTorch runs them."""
         if not _runs_step_hooks(self.optimizer):
             (_, *args), kwargs = self._before_step(self, (self, *args), kwargs)  # type: ignore[assignment]
-            result = self._step(*args, **kwargs)
+            result = self.optimizer.step(*args, **kwargs)
             self._after_step(self, (self, *args), kwargs)
             return result
         # Within those of the wrapped step: global hooks are the first before it and the last after.
@@ -112,7 +112,7 @@ class OptimizerProxy(Optimizer):
         before[key], after[key] = self._before_step, self._after_step
         before.move_to_end(key, last=False)  # type: ignore[attr-defined]
         try:
-            return self._step(*args, **kwargs)
+            return self.optimizer.step(*args, **kwargs)
         finally:
             before.pop(key, None)
             after.pop(key, None)
@@ -133,6 +133,7 @@ class OptimizerProxy(Optimizer):
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Run the hooks for after a step: a hook of the wrapped optimizer itself."""
+        self._note_step()
         for post_hook in self._optimizer_step_post_hooks.values():
             post_hook(self, (self, *args[1:]), kwargs)
 
