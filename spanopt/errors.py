@@ -104,7 +104,7 @@ def not_scaled_since_step(
         missing: The layers that are not scaled, or not in all that they computed.
         scaled: The layers that are.
         past: Names of those whose Q and K were seen, and how a backward pass went past the hooks
-            all the same: ``"missed"``, ``"direct"`` or ``"around"``.
+            all the same: ``"lost"``, ``"missed"``, ``"direct"`` or ``"around"``.
     """
     missing, scaled, past = list(missing), list(scaled), list(past)
     never = [site for site in missing if site.query_length is None]
@@ -112,7 +112,8 @@ def not_scaled_since_step(
     partly = {name for name, _ in past}
     unseen = [site.name for site in missing if site.name not in partly]
     ways = [
-        f"{', '.join(repr(name) for name, kind in past if kind == way)}: {text}. "
+        f"{', '.join(repr(name) for name, kind in past if kind == way)}: {text}"
+        f"{_lost_at(missing) if way == 'lost' else ''}. "
         for way, text in _PAST.items()
         if any(kind == way for _, kind in past)
     ]
@@ -133,6 +134,10 @@ def not_scaled_since_step(
 
 
 _PAST = {
+    "lost": (
+        "Q and K were seen in a part of its attention only, and those of another part were "
+        "multiplied and lost on the way to a softmax"
+    ),
     "missed": (
         "Q and K were seen in some of its calls only, and a backward pass went through another "
         "call, as with an attention kernel of its own for some inputs"
@@ -143,6 +148,11 @@ _PAST = {
         "as after a forward pass whose result is dropped and one past the hooks"
     ),
 }
+
+
+def _lost_at(sites: list[AttentionSite]) -> str:
+    operations = sorted({site.lost_at for site in sites if site.lost_at is not None})
+    return f": at {', '.join(operations)}" if operations else ""
 
 
 def _advice(missing: list[AttentionSite], scaled: list[AttentionSite]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def traits_of(cls: type) -> frozenset[str]:
         frozenset({'softmax'})
     """
     traits: set[str] = set()
-    for code, values in _reached(cls):
+    for code, values in _reached(cls, [cls.forward]):  # type: ignore[attr-defined]
         names = set(_names(code))
         # The name is enough where the function comes from getattr, an inner import or an object.
         if _ATTENTION_NAMES & names:
@@ -68,21 +68,23 @@ def scripts_of(module: nn.Module) -> list[Any]:
     found: dict[int, Any] = {}
     classes: set[type] = set()
     for part in module.modules():
-        values = list(vars(part).values())
-        if isinstance(part, torch.jit.ScriptModule):
-            values = [part]
-        elif type(part) not in classes:
+        values = [part] if isinstance(part, torch.jit.ScriptModule) else list(vars(part).values())
+        functions = [value for value in values if quietly(isinstance, value, types.FunctionType)]
+        if type(part) not in classes and not _is_torch(type(part)):
             classes.add(type(part))
-            if not _is_torch(type(part)):
-                values += [value for _, reached in _reached(type(part)) for value in reached]
+            functions.append(type(part).forward)
+        for _, reached in _reached(type(part), functions):
+            values += reached
         kinds = (torch.jit.ScriptFunction, torch.jit.ScriptModule)
         found.update({id(value): value for value in values if quietly(isinstance, value, kinds)})
     return list(found.values())
 
 
-def _reached(cls: type) -> Iterator[tuple[types.CodeType, list[Any]]]:
-    """Yield the code that a class's forward reaches, with what the names in it stand for."""
-    pending: list[Callable[..., Any]] = [cls.forward]  # type: ignore[attr-defined]
+def _reached(
+    cls: type, functions: Iterable[Callable[..., Any]]
+) -> Iterator[tuple[types.CodeType, list[Any]]]:
+    """Yield the code that functions of a class reach, with what the names in it stand for."""
+    pending = list(functions)
     visited: set[Any] = set()
     while pending:
         function = pending.pop()

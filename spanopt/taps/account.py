@@ -20,6 +20,7 @@ class Account:
         seen: Attention was seen in a call.
         waiting: Attention was seen in a call whose backward pass reports when it comes.
         passed: A backward pass went through such a call.
+        lost: A product was lost on its way to a softmax, perhaps beside others that were seen.
         missed: A backward pass went through a call in which no attention was seen.
         direct: A backward pass went through the layer's forward, which was called directly.
         around: The layer got gradients, and no backward pass went through the calls that wait.
@@ -28,6 +29,7 @@ class Account:
     seen: bool = False
     waiting: bool = False
     passed: bool = False
+    lost: bool = False
     missed: bool = False
     direct: bool = False
     around: bool = False
@@ -38,7 +40,7 @@ class Account:
 
     def ways_past(self) -> list[str]:
         """Return how a backward pass went past the hooks beside what was seen, as field names."""
-        past = ("missed", "direct", "around") if self.seen else ()
+        past = ("lost", "missed", "direct", "around") if self.seen else ()
         return [way for way in past if getattr(self, way)]
 
     def forget(self) -> None:

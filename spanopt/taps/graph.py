@@ -20,6 +20,7 @@ __all__ = ["Trail", "is_elementwise"]
 # Functions of one tensor, or of one and a number, by their names in autograd and in TorchScript.
 # Sums are not among them: what is added may be a mask.
 _ELEMENTWISE = {"mul", "div", "tanh", "neg", "clamp", "abs", "relu", "pow", "sqrt", "sigmoid"}
+_PRODUCTS = {"mm", "bmm", "addmm", "addbmm", "baddbmm", "mv", "dot", "convolution", "linear"}
 _SCRIPTED = "DifferentiableGraphBackward"
 _scripts_are_elementwise: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -65,14 +66,22 @@ class Trail:
                 pending += [before for before, _ in node.next_functions]
         return None
 
-    def lost_at(self, x: Tensor) -> str | None:
-        """Return the operation after scores that was not followed on the way to a tensor."""
+    def lost_at(self, x: Tensor, *, directly: bool = False) -> str | None:
+        """Return the operation after scores that was not followed on the way to a tensor.
+
+        Args:
+            x: What a softmax is taken of.
+            directly: Whether to look for scores only that no further product lies behind, as one
+                lies behind those of linear attention whose result goes into a router.
+        """
         if not self._known:
             return None
         first = min(self._known)
         pending, visited = [x.grad_fn], set()
         for node in pending:
-            for before, _ in () if node is None else node.next_functions:
+            if node is None or (directly and _operation(node.name()) in _PRODUCTS):
+                continue
+            for before, _ in node.next_functions:
                 number = -1 if before is None else before._sequence_nr()
                 if number in visited or number < first:
                     continue
@@ -80,7 +89,6 @@ class Trail:
                 if number not in self._known:
                     pending.append(before)
                 elif self._known[number][0].products:
-                    assert node is not None
                     return _operation(node.name())
         return None
 

@@ -52,6 +52,8 @@ def _note_where_lost(tap: Tap, x: Tensor) -> None:
     call = tap.current_call()
     if call is not None and not torch.compiler.is_compiling():
         tap.site.lost_at = call.trail.lost_at(x) or tap.site.lost_at
+        if call.trail.lost_at(x, directly=True) is not None:
+            tap.account.lost = True
 
 
 def _switch_on(tap: Tap, x: Tensor, product: Product, read: Read) -> tuple[Tensor, Tensor | None]:
