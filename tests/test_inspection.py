@@ -11,7 +11,6 @@ from torch import nn
 
 from spanopt.__main__ import main
 from spanopt.inspection import inspect_model
-from spanopt.table import collapsed
 
 
 class Sigmoid(ScoreAttention):
@@ -205,22 +204,6 @@ def test_equal_rows_are_collapsed(capsys):
     assert lines[-1] == "5 of 5 attention layers can be scaled"
     assert main(["inspect", "--json", "test_inspection:deep"]) == 0
     assert len(json.loads(capsys.readouterr().out)["layers"]) == 5
-
-
-def test_only_rows_that_are_alike_and_follow_each_other_are_collapsed():
-    names = ["d.0.a.1", "d.0.b.1", "d.1.a.1", "d.1.b.1", "d.2.a.1", "d.2.b.1", "d.4.a.1", "e.3.a.1"]
-    rows = [(name, "x" if "a" in name else "y") for name in names]
-    assert collapsed(rows) == [
-        ("d.0.a.1 to d.2.a.1", "x"),
-        ("d.0.b.1 to d.2.b.1", "y"),
-        ("d.4.a.1", "x"),
-        ("e.3.a.1", "x"),
-    ]
-    assert collapsed([("a.0", "x"), ("a.1", "y"), ("a.2", "x")]) == [
-        ("a.0", "x"),
-        ("a.1", "y"),
-        ("a.2", "x"),
-    ]
 
 
 def test_a_model_without_attention_is_not_ok(capsys):
