@@ -144,9 +144,8 @@ def can_be_read(x: Tensor) -> bool:
 
 def transposed(read: Read) -> Read:
     """Return what the same masks show when queries and keys change places."""
-    return tuple(
-        Shown(shown.columns, shown.rows, shown.diagonal, shown.below, shown.above) for shown in read
-    )
+    turned = [Shown(one.columns, one.rows, one.diagonal, one.below, one.above) for one in read]
+    return tuple(turned)
 
 
 def both(a: Read, b: Read) -> Read:
@@ -156,7 +155,7 @@ def both(a: Read, b: Read) -> Read:
         >>> both((), ())
         ()
     """
-    return a + tuple(shown for shown in b if not any(shown is other for other in a))
+    return (*a, *b)
 
 
 class Verdict(NamedTuple):

@@ -1,10 +1,10 @@
 """Packed tap: ``nn.MultiheadAttention`` and the layers that contain it.
 
-``torch.nn.functional.multi_head_attention_forward`` hides its Q and K: seen from a function mode it
-is one call. So a copy of that function runs in its place, which does not offer itself to function
-modes again, and an inner mode puts the nodes on the score product inside: on the arguments of
-``scaled_dot_product_attention``, or of the first batched matrix product when weights are needed.
-There Q and K are complete, ``bias_k`` and the zero row of ``add_zero_attn`` included.
+A function mode sees ``torch.nn.functional.multi_head_attention_forward`` as one call and cannot see
+the Q and K inside. The tap therefore runs a copy of that function that function modes do not
+intercept. While the copy runs, an inner mode puts the nodes on the score product: on the arguments
+of ``scaled_dot_product_attention``, or of the first batched matrix product if the layer returns its
+weights. Q and K are complete there: they include ``bias_k`` and the zero row of ``add_zero_attn``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _real_tokens(tap: Tap, bound: dict[str, Any], same: bool) -> tuple[Tokens, T
     queries, keys = tap.given() or (None, None)
     query, key, padding = bound["query"], bound["key"], bound.get("key_padding_mask")
     batch = query.shape[1] if query.ndim == 3 else 1
-    told: tuple[Tensor, ...] | None = None
+    told: tuple[Tensor, Tensor] | None = None
     if (queries is None or keys is None) and tap.projects(*_sources(bound)):
         if padding is not None:
             # What the layer is told to be padding is; the rest is a pattern of attention.
@@ -88,9 +88,10 @@ def _real_tokens(tap: Tap, bound: dict[str, Any], same: bool) -> tuple[Tokens, T
             told = real if same else every, real
         else:
             shown = _shown(bound.get("attn_mask"), batch, bound["num_heads"])
-            told = tap.judged(shown, query.shape[0], key.shape[0], same)
+            verdict = tap.judged(shown, query.shape[0], key.shape[0], same)
+            told = None if verdict is None else (verdict.queries, verdict.keys)
     if told is not None:
-        of_query, of_key = (real.expand(batch, -1) for real in told[:2])
+        of_query, of_key = (real.expand(batch, -1) for real in told)
         queries, keys = queries or Tokens(of_query), keys or Tokens(of_key)
     return queries or Tokens(), keys or Tokens()
 
@@ -114,7 +115,7 @@ def _forward(*args: Any, **kwargs: Any) -> Any:
 
 
 def _forward_keeping(keeping: Any, *args: Any, **kwargs: Any) -> Any:
-    # torch.compile takes tensors and numbers across this border, so all comes unpacked.
+    # torch.compile hands only tensors and numbers to this function, so all values come unpacked.
     scales = SideScale(*args[:5]), SideScale(*args[5:10])
     given = Tokens(*args[10:12]), Tokens(*args[12:14])
     layer, heads, watcher, *rest = args[14:]
@@ -123,7 +124,7 @@ def _forward_keeping(keeping: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _ScoreProduct(TorchFunctionMode):
-    """Puts nodes on the first score product that is made."""
+    """Puts the nodes on the first score product that it sees."""
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Score tap: layers that call ``torch.nn.functional.scaled_dot_product_attention``.
 
-It sees the true Q and K: after rotary embedding, QK-norm and the split into heads.
+The tap sees the Q and K of the score product: after rotary embedding, QK-norm and the split into
+heads.
 """
 
 from __future__ import annotations

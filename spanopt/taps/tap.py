@@ -454,10 +454,11 @@ class Tap(TorchFunctionMode):
         """
         if not read:
             return None
-        masks: list[Tensor] = []
+        masks: dict[int, Tensor] = {}  # by identity, as modules hand a mask on
         for noted in self.noted:
-            masks += [x for x in noted.masks if not any(x is other for other in masks)]
-        verdict = judge_once(read, n, m, self_attention, masks)
+            for mask in noted.masks:
+                masks[id(mask)] = mask
+        verdict = judge_once(read, n, m, self_attention, list(masks.values()))
         if verdict is None:
             return None
         if not self.query.projects() and not self.key.projects():

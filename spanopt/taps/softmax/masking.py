@@ -76,9 +76,10 @@ def note_mask(tap: Tap, x: Tensor, allowed: Tensor, source: Tensor) -> None:
     scores = scores_of(tap, x)
     if scores is None or scores.widened or tap.streams().is_of_scores(source):
         return
-    if not any(side.switches for product in scores.products for side in product[:2]):
+    products = scores.products  # torch 2.6 traces no slice of one
+    if not any([one.left.switches or one.right.switches for one in products]):  # noqa: C419
         return
     allowed = in_order(allowed, scores.axes, x.shape)
-    left, right = (side.x.shape[-2] for side in scores.products[0][:2])
+    left, right = products[0].left.x.shape[-2], products[0].right.x.shape[-2]
     told = read(allowed[..., :left, :right], allowed.ndim)  # without keys that were appended
     carry(tap, x, Scores(scores.products, scores.axes, both(scores.read, told)))
