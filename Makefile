@@ -15,7 +15,7 @@ test: .venv/test.stamp
 
 # The long runs and the fuzzing, of which `make test` does a short part: 15 to 25 minutes.
 soak: .venv/test.stamp
-	.venv/bin/python -m pytest -n 2 --soak tests/test_soak.py tests/test_fuzz.py tests/test_fuzz_calls.py tests/registry $(ARGS)
+	.venv/bin/python -m pytest -n 2 --soak tests/soak tests/registry $(ARGS)
 
 # docs/registry.md: every model of the registry of transformers. About an hour.
 registry: .venv/test.stamp
@@ -39,7 +39,7 @@ pictures: .venv/dev.stamp
 
 # The table of tested models, from the tests that train them.
 models-table: .venv/test.stamp
-	.venv/bin/python -m pytest -n 2 tests/test_transformers.py tests/test_libraries.py \
+	.venv/bin/python -m pytest -n 2 tests/libraries \
 		--models-table docs/models.md
 
 # A small part of the study, from the start, in minutes; the whole takes hours and resumes.

@@ -5,12 +5,9 @@ them to an attention function registered here, which puts oracle hooks on them a
 attention by plain mathematics. DeBERTa-v2, which has no such interface, gets another forward.
 """
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import copy
 import functools
+import os
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +19,14 @@ from models import oracle_hook
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 
+from spanopt import SpanScale, SpanScaledOptimizer
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 VOCABULARY, BATCH, LENGTH, FRAMES = 40, 3, 12, 14
+
+
 SCALES = {"query": (2.0, 0.5), "key": (0.6, 1.5)}
 
 
@@ -160,8 +164,14 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
 GROUPED = {**COMMON, "num_key_value_heads": 2, "head_dim": 8}
+
+
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
 SEQ2SEQ = {
     "vocab_size": VOCABULARY,
     "d_model": 32,
@@ -177,7 +187,10 @@ SEQ2SEQ = {
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
 }
+
+
 IMAGE = {"image_size": 8, "patch_size": 2}
+
 
 FAMILIES = [
     Family(
@@ -413,3 +426,28 @@ FAMILIES = [
         rounds=True,
     ),
 ]
+
+
+# The query side takes these two, the key side has its own.
+SPAN_SCALE = SpanScale(*SCALES["query"], key=SCALES["key"])
+
+
+def wrap(model):
+    return SpanScaledOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=1e-3), model, {"*": SPAN_SCALE}
+    )
+
+
+def pad(rows, side, length=0):
+    """Stack rows of different lengths, with their mask."""
+    length = max(length, *map(len, rows))
+    padded, mask = torch.zeros(2, len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        real = slice(len(row)) if side == "right" else slice(length - len(row), None)
+        padded[i, real], mask[i, real] = row, 1
+    return padded, mask
+
+
+def ragged():
+    """Token ids of three lengths, all of them larger than the head dimension."""
+    return [torch.randint(3, VOCABULARY, (length,)) for length in (12, 9, 10)]

@@ -7,7 +7,9 @@ import weakref
 
 import pytest
 import torch
+from compare import snapshot
 from models import Decoder, ScoreAttention, gradients, loss_of, tokens
+from models import OneOfEach as Model
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,30 +17,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from spanopt import SpanScale, SpanScaledOptimizer, UnscaledLayerError, attach
-
-
-class Model(nn.Module):
-    """One layer of each kind."""
-
-    def __init__(self):
-        super().__init__()
-        self.score = ScoreAttention()
-        self.packed = nn.MultiheadAttention(16, 4, batch_first=True)
-
-    def forward(self, x):
-        y = self.score(x)
-        return self.packed(y, y, y)[0]
-
-
-def snapshot(model):
-    """Everything a module holds, hooks and attributes included, for comparison by identity."""
-    return {
-        name: {
-            key: dict(value) if isinstance(value, dict) else value
-            for key, value in vars(module).items()
-        }
-        for name, module in model.named_modules()
-    }
 
 
 @pytest.fixture

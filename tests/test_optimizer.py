@@ -8,8 +8,9 @@ import weakref
 import pytest
 import torch
 import torch_optimizer
-from models import Decoder, ScoreAttention, gradients, loss_of, tokens
-from test_attach import Model, snapshot
+from compare import equal, same_state, snapshot
+from models import Decoder, ScoreAttention, gradients, loss_of, tokens, train
+from models import OneOfEach as Model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD, AdamW, Optimizer
@@ -37,29 +38,6 @@ SCALE = SpanScale(2.0, 1.0)
 
 def wrap(model, make=lambda parameters: AdamW(parameters, lr=1e-2), scales=SCALE, **options):
     return SpanScaledOptimizer(make(model.parameters()), model, scales, **options)
-
-
-def train(model, optimizer, steps=1):
-    for step in range(steps):
-        torch.manual_seed(step)
-        batch = tokens()
-        optimizer.zero_grad()
-        loss_of(model(batch), batch).backward()
-        optimizer.step()
-    return [parameter.detach().clone() for parameter in model.parameters()]
-
-
-def equal(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def same_state(first, second):
-    """Whether two optimizer state dicts are equal bit for bit."""
-    first, second = (torch.utils._pytree.tree_flatten(s["state"]) for s in (first, second))
-    return first[1] == second[1] and all(
-        torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-        for a, b in zip(first[0], second[0], strict=True)
-    )
 
 
 MAKERS = {

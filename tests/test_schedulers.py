@@ -8,8 +8,7 @@ import warnings
 
 import pytest
 import torch
-from models import Decoder, gradients, loss_of, tokens
-from test_optimizer import train
+from models import Decoder, gradients, loss_of, tokens, train
 from torch.optim import SGD, AdamW, lr_scheduler
 from torch.optim.swa_utils import SWALR
 
