@@ -18,7 +18,7 @@ from spanopt.scale import SpanScale
 from spanopt.scaled_layers import ScaledLayers
 from spanopt.sites import AttentionSite
 from spanopt.table import table
-from spanopt.taps import HANDLERS
+from spanopt.taps import handlers
 from spanopt.taps.calls import thread
 from spanopt.taps.outputs import ProjectionTap
 from spanopt.taps.stack import remove_stale
@@ -93,12 +93,12 @@ class SpanHooks(ScaledLayers):
                 if layer.outputs is not None:
                     tap: Tap = ProjectionTap(site, scale, method, layer.outputs)
                 else:
-                    tap = Tap(site, scale, method, HANDLERS)
+                    tap = Tap(site, scale, method, handlers())
                 taps.append(tap)
                 groups.append(SpanGroup(site.name, scale, tap.set_scale))
             elif site.module in inside:
                 # The layer is left alone inside one that is scaled: an idle tap shields it.
-                shields.append(Tap(site, SpanScale(1.0, 1.0), Method(), HANDLERS))
+                shields.append(Tap(site, SpanScale(1.0, 1.0), Method(), handlers()))
         for tap in (*taps, *shields):
             self._placement.put(tap)
         self._placement.note_masks(taps)

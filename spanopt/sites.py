@@ -224,7 +224,7 @@ def _kind(module: nn.Module, traits: dict[type, frozenset[str]]) -> str | None:
     if cls not in traits:
         own = (cls.__module__ or "").partition(".")[0] != "torch"
         traits[cls] = traits_of(cls) if own else frozenset()
-    if "call" in traits[cls] or not attention_calls.isdisjoint(map(id, vars(module).values())):
+    if "call" in traits[cls] or not attention_calls().isdisjoint(map(id, vars(module).values())):
         return "call"
     if _owns_projections(module):
         return "projections"

@@ -6,18 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from spanopt.declarations import declared
 from spanopt.groups import SpanGroup
 from spanopt.sites import AttentionSite
 
 __all__ = ["aligned", "collapsed", "described", "table"]
 
-_TAPS = {
-    "score": "in the call of scaled_dot_product_attention",
-    "packed": "in nn.MultiheadAttention",
-    "softmax": "in attention written out as a product and a softmax",
-    "projection": "in the modules that qk_modules names",
-    "?": "not known before a forward pass",
-}
+_UNKNOWN = "not known before a forward pass"
 
 
 def table(sites: Iterable[AttentionSite], groups: Iterable[SpanGroup]) -> str:
@@ -49,7 +44,8 @@ def table(sites: Iterable[AttentionSite], groups: Iterable[SpanGroup]) -> str:
             scale = scale_of[site.name]
             scales = [", ".join(map(str, scale.side(side))) for side in ("query", "key")]
         rows.append((*described(site), *scales))
-    taps = [f"{tap}: {text}" for tap, text in _TAPS.items() if any(row[2] == tap for row in rows)]
+    where = {one.name: one.where for one in declared.values()} | {"?": _UNKNOWN}
+    taps = [f"{tap}: {text}" for tap, text in where.items() if any(row[2] == tap for row in rows)]
     legend = f"tap: where Q and K are reached. {'; '.join(taps)}"
     return "\n".join((aligned([head, *collapsed(rows)]), *([legend] if taps else [])))
 

@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
+
+from spanopt.declarations import declared
+from spanopt.declarations import names as attention_names
 
 __all__ = ["attention_calls", "quietly", "scripts_of", "traits_of"]
 
-_ATTENTION_CALLS = (scaled_dot_product_attention, multi_head_attention_forward)
-attention_calls = frozenset(map(id, _ATTENTION_CALLS))
-"""The attention functions of torch, by their ``id``."""
-
-_ATTENTION_NAMES = {"scaled_dot_product_attention", "multi_head_attention_forward"}
 _PRODUCT_NAMES = {"matmul", "bmm", "baddbmm", "einsum"}
+
+
+def attention_calls() -> set[int]:
+    """Return the attention functions that taps have declared, by their ``id``."""
+    return {id(x) for one in declared.values() for x in one.functions.values()}
 
 
 def traits_of(cls: type) -> frozenset[str]:
@@ -38,16 +40,17 @@ def traits_of(cls: type) -> frozenset[str]:
         frozenset({'softmax'})
     """
     traits: set[str] = set()
+    ids, called = attention_calls(), attention_names()
     for code, values in _reached(cls, [cls.forward]):  # type: ignore[attr-defined]
         names = set(_names(code))
         # The name is enough where the function comes from getattr, an inner import or an object.
-        if _ATTENTION_NAMES & names:
+        if not names.isdisjoint(called):
             traits.add("call")
         if "softmax" in names:
             traits.add("softmax")
         if _PRODUCT_NAMES & names or _has_matrix_product(code):
             traits.add("product")
-        if any(id(value) in attention_calls for value in values):
+        if any(id(value) in ids for value in values):
             traits.add("call")
     return frozenset(traits)
 

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -15,9 +15,6 @@ from spanopt.taps.notes import Notes
 from spanopt.taps.real import Tokens
 from spanopt.taps.running import calling_frame, is_over
 from spanopt.taps.streams import Streams
-
-if TYPE_CHECKING:
-    from spanopt.taps.tap import Tap
 
 __all__ = ["Call", "GivenTokens", "Repeats", "live_taps", "taps_by_name", "thread"]
 
@@ -42,7 +39,7 @@ class Call:
     """
 
     def __init__(
-        self, tap: Tap, outer: Call | None, arguments: Any, given: GivenTokens = None
+        self, tap: Any, outer: Call | None, arguments: Any, given: GivenTokens = None
     ) -> None:
         self.tap = tap
         self.name = tap.unique_name
@@ -96,8 +93,8 @@ class _Thread(threading.local):
 
 
 thread = _Thread()
-live_taps: weakref.WeakSet[Tap] = weakref.WeakSet()
-taps_by_name: weakref.WeakValueDictionary[str, Tap] = weakref.WeakValueDictionary()
+live_taps: weakref.WeakSet[Any] = weakref.WeakSet()
+taps_by_name: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
 class Repeats:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spanopt.compiling import not_compiled_alone
+from spanopt.declarations import Declaration, declare
 from spanopt.node import Method, multiplied, rescale_tokens
 from spanopt.scale import SpanScale
 from spanopt.setups import NEED_OTHER
@@ -207,3 +208,6 @@ class _ProjectionNode(torch.autograd.Function):
                 )
             part.copy_(scaled.view_as(part))
         return grad, *(None,) * (3 + _PER_SIDE * len(ctx.sides))
+
+
+declare(Declaration("projection", "in the modules that qk_modules names"))

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from spanopt.compiling import in_graph
+from spanopt.declarations import Declaration, declare
 from spanopt.taps.masks import Read, allowed, read
 from spanopt.taps.real import Tokens, appended, real_tokens
 from spanopt.taps.refusals import refuse, refuse_vmap
@@ -183,3 +184,12 @@ class _ScoreProduct(TorchFunctionMode):
 
 
 HANDLERS = {"multi_head_attention_forward": _multi_head_attention_forward}
+declare(
+    Declaration(
+        "packed",
+        "in nn.MultiheadAttention",
+        HANDLERS,
+        {"multi_head_attention_forward": F.multi_head_attention_forward},
+        dtensors=True,
+    )
+)

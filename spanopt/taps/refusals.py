@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spanopt.declarations import declared
 from spanopt.shards import is_context_parallel, is_spread
 from spanopt.sites import AttentionSite
 
@@ -36,7 +37,7 @@ def _refuse_part(site: AttentionSite, name: str, x: Tensor) -> None:
     """Refuse what is one process's part of a tensor, or spread where no node can go."""
     layer = f"layer {site.name!r}"
     if is_spread(x):
-        if site.tap in ("projection", "softmax"):
+        if site.tap in declared and not declared[site.tap].dtensors:
             raise TypeError(
                 f"{layer}: {name} is a DTensor, which only an attention that calls "
                 "torch.nn.functional.scaled_dot_product_attention may have: call that, go "

@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
+from spanopt.declarations import Declaration, declare
 from spanopt.taps.once import read_once
 from spanopt.taps.tap import Tap, other_sides
 
-__all__ = ["HANDLERS"]
+__all__ = ["HANDLERS", "put_nodes"]
 
 
 def _scaled_dot_product_attention(
@@ -56,4 +58,31 @@ def _check_groups(tap: Tap, query: Tensor, key: Tensor, enable_gqa: bool) -> Non
     )
 
 
+def put_nodes(tap: Tap, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the query and key of an attention call without a mask, with nodes on them.
+
+    Args:
+        tap: The layer's tap.
+        query: Shape ``(B, H, N, d)``.
+        key: Shape ``(B, H', M, d)``.
+    """
+    pair: tuple[Tensor, Tensor] = _scaled_dot_product_attention(
+        tap, _operands, query, key, key, enable_gqa=True
+    )
+    return pair
+
+
+def _operands(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return query, key
+
+
 HANDLERS = {"scaled_dot_product_attention": _scaled_dot_product_attention}
+declare(
+    Declaration(
+        "score",
+        "in the call of scaled_dot_product_attention",
+        HANDLERS,
+        {"scaled_dot_product_attention": F.scaled_dot_product_attention},
+        dtensors=True,
+    )
+)

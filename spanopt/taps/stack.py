@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
@@ -11,9 +11,6 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 from spanopt.compiling import constant_when_traced
 from spanopt.taps.calls import live_taps, taps_by_name
 from spanopt.taps.running import calls_forward_directly, calls_of, traced_place_in
-
-if TYPE_CHECKING:
-    from spanopt.taps.tap import Tap
 
 __all__ = [
     "INSIDE",
@@ -27,7 +24,7 @@ __all__ = [
 ]
 
 
-def remove_stale(entering: Tap | None = None) -> None:
+def remove_stale(entering: Any = None) -> None:
     """Take taps off this thread's stack whose layer is not running any more.
 
     Module hooks are not called when a forward pass ends in a KeyboardInterrupt, as that of a
@@ -91,7 +88,7 @@ def is_traced_directly(unique_name: str) -> bool:
 OUTSIDE, INSIDE, OUTSIDE_PERHAPS, INSIDE_PERHAPS = range(4)
 
 
-def take_out(tap: Tap) -> None:
+def take_out(tap: Any) -> None:
     """Take a tap off this thread's stack, wherever on it the tap is by now."""
     above = []
     while tap in _get_current_function_mode_stack():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from spanopt.declarations import Declaration, declare
 from spanopt.taps.softmax.following import (
     cat,
     elementwise,
@@ -103,3 +104,4 @@ HANDLERS = {
     name: _by_position(handler) if handler in _SOURCES else _with_scores(_by_position(handler))
     for name, handler in _BY_NAME.items()
 }
+declare(Declaration("softmax", "in attention written out as a product and a softmax", HANDLERS))
