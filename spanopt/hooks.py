@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from spanopt.groups import SpanGroup
-from spanopt.node import Method
 from spanopt.placement import Placement
 from spanopt.plan import LayerPlan, Request, plan
 from spanopt.probing import run_once
+from spanopt.rescaling import Rescaling
 from spanopt.scale import SpanScale
 from spanopt.scaled_layers import ScaledLayers
 from spanopt.sites import AttentionSite
@@ -88,17 +88,17 @@ class SpanHooks(ScaledLayers):
         scaled = (layer.site.module for layer in layers if layer.scale is not None)
         inside = {inner for outer in scaled for inner in outer.modules()}
         for layer in layers:
-            site, scale, method = layer.site, layer.scale, layer.method
+            site, scale, rescaling = layer.site, layer.scale, layer.rescaling
             if scale is not None:
                 if layer.outputs is not None:
-                    tap: Tap = ProjectionTap(site, scale, method, layer.outputs)
+                    tap: Tap = ProjectionTap(site, scale, rescaling, layer.outputs)
                 else:
-                    tap = Tap(site, scale, method, handlers())
+                    tap = Tap(site, scale, rescaling, handlers())
                 taps.append(tap)
                 groups.append(SpanGroup(site.name, scale, tap.set_scale))
             elif site.module in inside:
                 # The layer is left alone inside one that is scaled: an idle tap shields it.
-                shields.append(Tap(site, SpanScale(1.0, 1.0), Method(), handlers()))
+                shields.append(Tap(site, SpanScale(1.0, 1.0), Rescaling(), handlers()))
         for tap in (*taps, *shields):
             self._placement.put(tap)
         self._placement.note_masks(taps)

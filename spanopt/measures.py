@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from spanopt.node import Method, rescale_tokens
+from spanopt.setups import SPAN
 from spanopt.taps.watcher import Watched
 
 __all__ = ["MEASURES", "by_head", "entropies", "floating", "measure", "score_entropies"]
@@ -44,16 +44,16 @@ def measure(watched: Watched, given: Tensor, rescaled: Tensor) -> dict[str, Tens
         mask = by_head(mask.expand(watched.x.shape[:-1])[..., None])[..., 0]
     x, given, rescaled = (by_head(floating(t.detach())) for t in (watched.x, given, rescaled))
     other = None if watched.other is None else by_head(floating(watched.other))
-    method = Method(watched.method.ridge, watched.method.setup)
-    one, nothing = x.new_ones(()), x.new_zeros(())
-    parallel = rescale_tokens(given, x, one, nothing, method, mask, watched.documents, other=other)
+    parallel = watched.rescaling.parallel_part(
+        given, x, mask=mask, documents=watched.documents, other=other
+    )
     energies = (t.square().sum((0, 2, 3)) for t in (parallel, given - parallel))
     before, after = (torch.linalg.vector_norm(t, dim=(0, 2, 3)) for t in (given, rescaled))
     singular = _singular_values(x if mask is None else torch.where(mask[..., None], x, 0))
     weights = singular / singular.sum(-1, keepdim=True)
     rank = torch.special.entr(weights).sum(-1).exp()
     measured = {}
-    if method.setup == "span" and watched.documents is None:
+    if watched.rescaling.setup is SPAN and watched.documents is None:
         real_tokens = x.new_ones(x.shape[:-1]) if mask is None else mask.to(x.dtype)
         tokens = real_tokens.sum(-1).clamp(min=1)  # (B, H)
         measured["chance_share"] = (tokens.clamp(max=x.shape[-1]) / tokens).mean(0)

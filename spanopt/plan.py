@@ -12,11 +12,11 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from spanopt.errors import BY_HAND
-from spanopt.node import Method
 from spanopt.patterns import matching
 from spanopt.projection import check_ridge
+from spanopt.rescaling import Rescaling
 from spanopt.scale import ScaleLike, SpanScale, resolve_scales
-from spanopt.setups import Setup, setup_name
+from spanopt.setups import SPAN, Setup, SetupFunction
 from spanopt.sites import AttentionSite, find_attention, is_inside, named_modules
 from spanopt.taps.layouts import OutputLayout, owns_modules, read_layouts
 
@@ -34,7 +34,9 @@ __all__ = [
 Scales: TypeAlias = "Mapping[str, ScaleLike | None] | ScaleLike | None"
 """Scales by layer name or pattern, or one scale for all layers."""
 
-ProjectionLike: TypeAlias = "str | Setup | Mapping[str, str | Setup]"
+ProjectionLike: TypeAlias = (
+    "str | Setup | SetupFunction | Mapping[str, str | Setup | SetupFunction]"
+)
 """A setup by name or as a function, for all layers or by layer name or pattern."""
 
 QKModules: TypeAlias = "Mapping[str, Mapping[str, Any]] | None"
@@ -90,7 +92,7 @@ class Request:
         scales = scales if isinstance(scales, Mapping) else {"*": scales}
         return replace(self, scales={**scales, **now})
 
-    def methods(self, names: Sequence[str]) -> dict[str, Method]:
+    def rescalings(self, names: Sequence[str]) -> dict[str, Rescaling]:
         """Return how the gradients of each layer are rescaled, beside the factors.
 
         Args:
@@ -101,13 +103,13 @@ class Request:
             ValueError: A key that matches no layer, or no such projection.
 
         Example:
-            >>> Request(projection={"a": "cross"}).methods(["a", "b"])["a"].setup
+            >>> Request(projection={"a": "cross"}).rescalings(["a", "b"])["a"].setup.name
             'cross'
         """
         check_ridge(self.ridge)
-        setups = _per_layer(self.projection, names, "projection", setup_name, "span")
+        setups = _per_layer(self.projection, names, "projection", Setup.of, SPAN)
         keep = _per_layer(self.preserve_norm, names, "preserve_norm", _flag, False)
-        return {name: Method(self.ridge, setups[name], keep[name]) for name in names}
+        return {name: Rescaling(setups[name], self.ridge, keep[name]) for name in names}
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,13 @@ class LayerPlan:
     Attributes:
         site: The attention layer.
         scale: Its scale; ``None`` leaves it alone.
-        method: How its gradients are rescaled, beside the factors.
+        rescaling: How its gradients are rescaled, beside the factors.
         outputs: Where Q and K are, if the user says which modules return them.
     """
 
     site: AttentionSite
     scale: SpanScale | None
-    method: Method
+    rescaling: Rescaling
     outputs: list[OutputLayout] | None = None
 
 
@@ -176,7 +178,7 @@ def plan(
             stacklevel=3,
         )
     scales = resolve_scales(request.scales, names)
-    methods = request.methods(names)
+    rescalings = request.rescalings(names)
     for site in sites:  # a layer that is asked for by name is attention
         site.asked = isinstance(request.scales, Mapping) and site.name in request.scales
         site.certain = site.certain or site.asked
@@ -187,7 +189,7 @@ def plan(
     if parameters is not None:
         _check_trained([site for site in scaled if site.certain], parameters)
     return [
-        LayerPlan(site, scales[site.name], methods[site.name], outputs.get(site.name))
+        LayerPlan(site, scales[site.name], rescalings[site.name], outputs.get(site.name))
         for site in sites
     ]
 

@@ -13,13 +13,12 @@ operations, no iteration, no branch on a value, no host synchronisation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-
-from spanopt.shards import Spread
 
 __all__ = [
     "decompose",
@@ -29,6 +28,9 @@ __all__ = [
     "rescale",
     "rescale_by_document",
 ]
+
+Total: TypeAlias = Callable[..., Tensor]
+"""``total(part, operation="sum")``: over processes, the sum of their parts, or the ``"max"``."""
 
 
 def project(
@@ -145,7 +147,7 @@ def rescale(
     violation: float | Tensor,
     ridge: float | None = None,
     mask: Tensor | None = None,
-    spread: Spread | None = None,
+    total: Total | None = None,
 ) -> Tensor:
     """Scale the parallel span and the span violation of a gradient and add them up again.
 
@@ -162,8 +164,9 @@ def rescale(
         violation: Factor of the violation, likewise.
         ridge: As in :func:`project`.
         mask: As in :func:`project`. Masked tokens are multiplied by ``violation``.
-        spread: The processes that have the other tokens of the same sequences, each of which makes
-            this call with its own.
+        total: Where the tokens of a sequence are spread over processes, each of which makes this
+            call with its own: ``total(part)`` returns the sum of a tensor over them, and
+            ``total(part, "max")`` the elementwise maximum.
 
     Returns:
         The rescaled gradient, with the shape and dtype of ``grad``.
@@ -188,7 +191,7 @@ def rescale(
         return grad if parallel == 1 else grad * parallel
     dtype = _compute_dtype(torch.promote_types(basis.dtype, grad.dtype))
     a, b = (_per_head(factor, dtype, grad.device) for factor in (parallel, violation))
-    scaled = _project(basis, grad, ridge, mask, factor=a - b, spread=spread)
+    scaled = _project(basis, grad, ridge, mask, factor=a - b, total=total)
     if isinstance(violation, Tensor) or violation != 0:
         scaled.addcmul_(grad.to(dtype), b)
     return scaled.to(grad.dtype)
@@ -301,22 +304,22 @@ def _project(
     ridge: float | None,
     mask: Tensor | None,
     factor: Tensor | None = None,
-    spread: Spread | None = None,
+    total: Total | None = None,
 ) -> Tensor:
     """Return P x, times the factor if there is one, in the compute dtype."""
     dtype = _compute_dtype(torch.promote_types(basis.dtype, x.dtype))
     # A process without tokens still takes part in the sums.
-    if spread is None and (basis.numel() == 0 or x.numel() == 0):
+    if total is None and (basis.numel() == 0 or x.numel() == 0):
         return torch.zeros_like(x, dtype=dtype)
     ridge = max(default_ridge(dtype), ridge or 0.0)
     with _full_precision(basis.device.type):
         # Copies have no name: each is gone, for the next buffer to take its place, once it is used.
-        whitened, inverse, weight = _factored(_scaled(basis, mask, dtype, spread), ridge, spread)
+        whitened, inverse, weight = _factored(_scaled(basis, mask, dtype, total), ridge, total)
         if factor is not None:
             by_head = weight.reshape(*basis.shape[:-2], 1, 1) * factor
             weight = by_head.reshape(weight.shape)
         # The weight goes on the smallest matrix, which saves passes over the others.
-        inner = _total(whitened.mT @ _matrices(x, mask, dtype), spread)
+        inner = _total(whitened.mT @ _matrices(x, mask, dtype), total)
         coefficients = inverse @ ((inverse * weight).mT @ inner)
         return (whitened @ coefficients).reshape(x.shape)
 
@@ -330,9 +333,7 @@ def _matrices(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.masked_fill_(~mask[..., None], 0).view(shape)
 
 
-def _scaled(
-    basis: Tensor, mask: Tensor | None, dtype: torch.dtype, spread: Spread | None
-) -> Tensor:
+def _scaled(basis: Tensor, mask: Tensor | None, dtype: torch.dtype, total: Total | None) -> Tensor:
     """Return a copy of the basis as (matrices, N, d), each times a power of two.
 
     The largest entry of each matrix is then about 1, which changes no span and, but for entries
@@ -343,8 +344,8 @@ def _scaled(
     if mask is not None:
         q = q.view(basis.shape).masked_fill_(~mask[..., None], 0).view(q.shape)
     largest = largest_entries(q)
-    if spread is not None:  # every process has to scale its tokens alike
-        largest = spread.total(largest, "max")
+    if total is not None:  # every process has to scale its tokens alike
+        largest = total(largest, "max")
     return q.mul_(inverse_power(largest))
 
 
@@ -379,25 +380,25 @@ def _full_precision(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _factored(q: Tensor, ridge: float, spread: Spread | None) -> tuple[Tensor, Tensor, Tensor]:
+def _factored(q: Tensor, ridge: float, total: Total | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return A and T with P = A T (A T)^T, and for each matrix 1, or NaN if there are none."""
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     identity = identity.expand(q.shape[0], -1, -1).contiguous()
-    whitened, gram, failed = _whiten(q, ridge, identity, spread)
+    whitened, gram, failed = _whiten(q, ridge, identity, total)
     inverse, failed_again = _inverse_factor(gram, identity)
     valid = torch.ones_like(failed, dtype=q.dtype).masked_fill(failed + failed_again > 0, torch.nan)
     return whitened, inverse, valid[:, None, None]
 
 
 def _whiten(
-    q: Tensor, ridge: float, identity: Tensor, spread: Spread | None
+    q: Tensor, ridge: float, identity: Tensor, total: Total | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return A = Q T with near-orthonormal columns, A^T A + rho T^T T, and where it failed.
 
     T is the inverse of a Cholesky factor of the shifted Gram matrix. Whatever T is,
     A (A^T A + rho T^T T)^{-1} A^T = Q (Q^T Q + rho I)^{-1} Q^T, so the shift costs no accuracy.
     """
-    gram = _total(q.mT @ q, spread)
+    gram = _total(q.mT @ q, total)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     trace = diagonal.sum(-1, keepdim=True)
     trace = trace.masked_fill(trace == 0, 1)  # any scale will do for a zero basis
@@ -407,12 +408,12 @@ def _whiten(
     inverse, failed = _inverse_factor(gram, identity)
     whitened = q @ inverse
     ridged = (inverse * (ridge * trace)[..., None]).mT
-    gram = torch.baddbmm(_total(whitened.mT @ whitened, spread), ridged, inverse)
+    gram = torch.baddbmm(_total(whitened.mT @ whitened, total), ridged, inverse)
     return whitened, gram, failed
 
 
-def _total(part: Tensor, spread: Spread | None) -> Tensor:
-    return part if spread is None else spread.total(part)
+def _total(part: Tensor, total: Total | None) -> Tensor:
+    return part if total is None else total(part)
 
 
 def _inverse_factor(matrix: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:

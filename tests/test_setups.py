@@ -1,6 +1,8 @@
 """Each projection setup against its formula by NumPy, with an SVD."""
 
 import copy
+import gc
+import pickle
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 
 from spanopt import SpanScale, SpanScaledOptimizer, attach, span_node, token_mask
 from spanopt.projection import orthonormal, project
-from spanopt.setups import SETUPS
+from spanopt.setups import SETUPS, Setup, registry, setup
 
 SHAPES = [(9, 4), (3, 9, 4), (2, 3, 9, 4), (2, 3, 4, 7)]
 
@@ -143,23 +145,23 @@ OF_A_SUBSPACE = ("span", "cross", "oblique", "pooled")
 def test_a_setup_is_linear_and_finite_for_degenerate_tensors(name):
     g, q, k = inputs((2, 3, 9, 4))
     other = torch.randn_like(g)
-    setup = SETUPS[name]
-    together = setup(2 * g - other, q, k)
-    torch.testing.assert_close(together, 2 * setup(g, q, k) - setup(other, q, k))
+    split = SETUPS[name]
+    together = split(2 * g - other, q, k)
+    torch.testing.assert_close(together, 2 * split(g, q, k) - split(other, q, k))
     for basis in (q * 0, torch.cat([q[..., :2], q[..., :2]], -1)):
         for one, two in ((basis, k), (q, basis), (basis, basis)):
-            assert torch.isfinite(setup(g, one, two)).all()
-    assert not torch.isfinite(setup(g * torch.nan, q, k)).any()
+            assert torch.isfinite(split(g, one, two)).all()
+    assert not torch.isfinite(split(g * torch.nan, q, k)).any()
 
 
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_projectors_are_idempotent_symmetric_and_pythagorean(name):
     g, q, k = inputs((2, 3, 9, 4))
     other = torch.randn_like(g)
-    setup = SETUPS[name]
-    parallel = setup(g, q, k)
-    torch.testing.assert_close(setup(parallel, q, k), parallel)
-    torch.testing.assert_close((other * parallel).sum(), (setup(other, q, k) * g).sum())
+    split = SETUPS[name]
+    parallel = split(g, q, k)
+    torch.testing.assert_close(split(parallel, q, k), parallel)
+    torch.testing.assert_close((other * parallel).sum(), (split(other, q, k) * g).sum())
     total = parallel.square().sum() + (g - parallel).square().sum()
     torch.testing.assert_close(total, g.square().sum())
 
@@ -418,3 +420,114 @@ def test_a_setup_that_does_not_go_with_a_layer_is_an_error_that_names_it(tap):
         pytest.raises(ValueError, match="as many heads"),
     ):
         grouped(x)
+
+
+# Setups of one's own.
+
+
+def spec(tap):
+    """Return the arguments that have a layer's Q and K reached by this tap."""
+    fields = {"query": "q_proj", "key": "k_proj", "num_heads": HEADS}
+    return {"qk_modules": {"": fields}} if tap == "projection" else {}
+
+
+def own_hook(function):
+    def hook(q, k):
+        for x in (q, k):
+            x.register_hook(lambda g, x=x: B * g + (A - B) * function(g, x, None))
+        return q, k
+
+    return hook
+
+
+TAPS = ["score", "softmax", "packed", "projection"]
+
+
+@pytest.fixture
+def first_half():
+    """A setup that is registered by a few lines outside of the package."""
+    setup("first half", needs_other=False)(halves)
+    yield "first half"
+    del SETUPS["first half"]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("tap", TAPS)
+def test_a_registered_setup_is_used_by_name_in_every_tap(first_half, tap, compiled):
+    torch.compiler.reset()
+    layer, x = build(tap), torch.randn(3, 9, WIDTH, dtype=torch.float64)
+    reference = gradients(layer, layer(x, hook=own_hook(halves)).pow(3).sum())
+    with attach(layer, SpanScale(A, B), projection=first_half, **spec(tap)):
+        run = torch.compile(layer, backend="aot_eager") if compiled else layer
+        assert_same(gradients(layer, run(x).pow(3).sum()), reference)
+
+
+def test_a_name_is_given_to_one_setup():
+    with pytest.raises(ValueError, match="a projection is named 'cross' already"):
+        setup("cross", needs_other=False)(halves)
+    assert SETUPS["cross"].needs_other
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("tap", TAPS)
+def test_a_function_is_carried_by_value_through_every_tap(tap, compiled):
+    torch.compiler.reset()
+    layer, x = build(tap), torch.randn(3, 9, WIDTH, dtype=torch.float64)
+    for factor in (0.5, 0.25):
+
+        def part(grad, basis, other, *, ridge=None, mask=None, factor=factor):
+            return factor * grad
+
+        own = Setup("part", part, needs_other=False)
+        reference = gradients(layer, layer(x, hook=own_hook(part)).pow(3).sum())
+        with attach(layer, SpanScale(A, B), projection=own, **spec(tap)):
+            run = torch.compile(layer, backend="aot_eager") if compiled else layer
+            assert_same(gradients(layer, run(x).pow(3).sum()), reference)
+
+
+def test_functions_leave_the_registry_as_it_was():
+    before = dict(SETUPS)
+    gc.collect()
+    alive = len(registry._carried)
+    for i in range(50):
+        layer = build("score")
+        part = lambda g, x, other, i=i, **_: g * i  # noqa: E731
+        with attach(layer, SpanScale(A, B), projection=part):
+            gradients(layer, layer(torch.randn(1, 3, WIDTH, dtype=torch.float64)).sum())
+    assert before == SETUPS
+    del layer, part
+    gc.collect()
+    assert len(registry._carried) <= alive + 1  # the last one may be held by a frame
+
+
+def test_a_setup_is_copied_and_pickled_as_what_it_stands_for():
+    own = Setup("own", halves, needs_other=False)
+    assert copy.deepcopy(own) is own
+    assert pickle.loads(pickle.dumps(SETUPS["cross"])) is SETUPS["cross"]
+    again = pickle.loads(pickle.dumps(own))
+    assert (again.name, again.function, again.needs_other) == ("own", halves, False)
+
+
+@pytest.mark.parametrize("name", ["cross", "oblique", "feature", halves], ids=str)
+def test_a_node_that_needs_the_other_side_refuses_to_go_without(name):
+    with pytest.raises(ValueError, match=r"span_node.*needs the other side's tensor"):
+        span_node(torch.ones(5, 2), 2.0, 1.0, projection=name)
+    with pytest.raises(ValueError, match="needs the other side's tensor"):
+        Setup.of(name)(torch.ones(5, 2), torch.ones(5, 2))
+
+
+def test_where_sides_are_seen_one_by_one_a_function_must_say_that_it_reads_one():
+    layer, x = build("softmax"), torch.randn(3, 9, WIDTH, dtype=torch.float64)
+    others = []
+
+    def spy(grad, basis, other, *, ridge=None, mask=None):
+        others.append(other)
+        return grad * 0
+
+    with pytest.raises(ValueError, match=r"layer '': .*spy' needs queries and keys at once"):
+        attach(layer, SpanScale(A, B), projection=spy, **spec("projection"))
+    assert not layer._forward_hooks
+    own = Setup("spy", spy, needs_other=False)
+    with attach(layer, SpanScale(A, B), projection=own, **spec("projection")):
+        gradients(layer, layer(x).pow(3).sum())
+    assert others == [None, None]

@@ -6,16 +6,15 @@ rotary embedding, QK-norm and anything else that the layer does to them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spanopt.compiling import not_compiled_alone
 from spanopt.declarations import Declaration, declare
-from spanopt.node import Method, multiplied, rescale_tokens
+from spanopt.rescaling import Rescaling
 from spanopt.scale import SpanScale
-from spanopt.setups import NEED_OTHER
 from spanopt.sites import AttentionSite
 from spanopt.taps.calls import thread
 from spanopt.taps.layouts import OutputLayout
@@ -39,17 +38,19 @@ class ProjectionTap(Tap):
         self,
         site: AttentionSite,
         scale: SpanScale,
-        method: Method,
+        rescaling: Rescaling,
         projections: list[OutputLayout],
     ) -> None:
-        if method.setup in NEED_OTHER:
+        if rescaling.setup.needs_other:
             raise ValueError(
-                f"layer {site.name!r}: the projection {method.setup!r} needs queries and keys at "
-                "once, which qk_modules={...} shows one by one; give it projection='span'"
+                f"layer {site.name!r}: the projection {rescaling.setup.name!r} needs queries and "
+                "keys at once, which qk_modules={...} shows one by one; give it projection='span', "
+                "or pass a function that reads its own side alone as "
+                "spanopt.setups.Setup(name, function, needs_other=False)"
             )
         self.projections = projections
         self._shapes: dict[str, torch.Size] = {}
-        super().__init__(site, scale, method, {})
+        super().__init__(site, scale, rescaling, {})
 
     def on_output(self, projection: OutputLayout, output: Tensor) -> Tensor:
         """Put the node on a module's output.
@@ -85,28 +86,39 @@ class ProjectionTap(Tap):
         *batch, length, features = output.shape
         head_dim = features // (projection.blocks * projection.width)
         given = dict(zip(("query", "key"), self.given() or (None, None), strict=True))
-        settings: list[Any] = []
+        sides: dict[str, _Side] = {}
         for side, _, count in projection.sides:
             shape = torch.Size((*batch, projection.blocks * count, length, head_dim))
             self._note(side, shape)
-            scale = self.query if side == "query" else self.key
+            rescaling = self.query if side == "query" else self.key
+            rescaling.check_range(output.dtype, f"layer {layer!r}, {side} side")
             tokens = given_tokens(given[side], shape, side, layer) or Tokens()
-            settings += [*scale, *tokens]
-        idle = self.watching() is None and all(mode == "identity" for mode in settings[::_PER_SIDE])
+            sides[side] = _Side(rescaling, tokens)
+        idle = self.watching() is None and all(
+            side.rescaling.mode == "identity" for side in sides.values()
+        )
         if idle or not (output.requires_grad and torch.is_grad_enabled()):
             return whole
+        query, key = (sides.get(side, _Side()) for side in ("query", "key"))
         thread.busy = True  # compiled code traces the backward here, where there is no call
         try:
             with self.keeping():
                 result = _ProjectionNode.apply(
-                    output, projection.blocks, projection.width, projection.sides, *settings
+                    output,
+                    projection.blocks,
+                    projection.width,
+                    projection.sides,
+                    query.rescaling,
+                    *query.tokens,
+                    key.rescaling,
+                    *key.tokens,
                 )
         finally:
             thread.busy = False
         call.streams.follow("", result, (output,), {})
         watcher = self.watching()
         if watcher is not None:
-            self._watch(watcher, projection, output.detach(), settings, result)
+            self._watch(watcher, projection, output.detach(), sides, result)
         if result.ndim > 2 and not projection.batch_first:
             result = result.transpose(0, 1)
         # The layer then changes a tensor of its own, and the node keeps what spans.
@@ -117,7 +129,7 @@ class ProjectionTap(Tap):
         watcher: Watcher,
         projection: OutputLayout,
         output: Tensor,
-        settings: list[Any],
+        sides: dict[str, _Side],
         result: Tensor,
     ) -> None:
         """Have a watcher told of the gradients of each side."""
@@ -125,13 +137,13 @@ class ProjectionTap(Tap):
         def note(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
             if inputs[0] is None or outputs[0] is None:
                 return
-            for i, (side, first, count) in enumerate(projection.sides):
+            for side, first, count in projection.sides:
                 part = projection.blocks, projection.width, first, count
                 x, given, rescaled = (
                     _heads(x, *part).flatten(-4, -3) for x in (output, outputs[0], inputs[0])
                 )
-                tokens = settings[i * _PER_SIDE + 5 : (i + 1) * _PER_SIDE]
-                watched = Watched(self.site.name, side, x, self.method, *tokens)
+                rescaling, tokens = sides[side]
+                watched = Watched(self.site.name, side, x, rescaling, *tokens)
                 watcher.gradients(watched, given, rescaled)
 
         assert result.grad_fn is not None
@@ -164,7 +176,11 @@ class ProjectionTap(Tap):
             ) from error
 
 
-_PER_SIDE = 7  # mode, factors, ridge, setup, preserve_norm, mask, documents
+class _Side(NamedTuple):
+    """What the node has to know of one side; by default the output holds nothing of it."""
+
+    rescaling: Rescaling = Rescaling(mode="identity")
+    tokens: Tokens = Tokens()
 
 
 def _heads(x: Tensor, blocks: int, width: int, first: int, count: int) -> Tensor:
@@ -175,39 +191,42 @@ def _heads(x: Tensor, blocks: int, width: int, first: int, count: int) -> Tensor
 
 class _ProjectionNode(torch.autograd.Function):
     @staticmethod
-    def forward(output: Tensor, *rest: Any) -> Tensor:
+    def forward(
+        output: Tensor,
+        blocks: int,
+        width: int,
+        sides: tuple[tuple[str, int, int], ...],
+        query: Rescaling,
+        query_mask: Tensor | None,
+        query_documents: Tensor | None,
+        key: Rescaling,
+        key_mask: Tensor | None,
+        key_documents: Tensor | None,
+    ) -> Tensor:
         return output.view_as(output)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.blocks, ctx.width, ctx.sides, *settings = inputs
-        ctx.settings = [settings[i : i + _PER_SIDE - 2] for i in range(0, len(settings), _PER_SIDE)]
-        masks = [settings[i + 5 : i + 7] for i in range(0, len(settings), _PER_SIDE)]
-        ctx.save_for_backward(x, *(mask for pair in masks for mask in pair))
+        x, ctx.blocks, ctx.width, ctx.sides, ctx.query, *query_tokens, ctx.key = inputs[:8]
+        ctx.save_for_backward(x, *query_tokens, *inputs[8:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *masks = ctx.saved_tensors
+        x, query_mask, query_documents, key_mask, key_documents = ctx.saved_tensors
+        tokens = {"query": (query_mask, query_documents), "key": (key_mask, key_documents)}
         grad = grad.clone(memory_format=torch.contiguous_format)
-        for i, ((_, first, count), (mode, factors, *method)) in enumerate(
-            zip(ctx.sides, ctx.settings, strict=True)
-        ):
-            if mode == "identity":
+        for side, first, count in ctx.sides:
+            rescaling = ctx.query if side == "query" else ctx.key
+            if rescaling.mode == "identity":
                 continue
             # (..., blocks, count, N, d), of which (..., H, N, d) may be a copy.
             part, basis = (_heads(t, ctx.blocks, ctx.width, first, count) for t in (grad, x))
-            parallel, violation = factors.unbind()
-            mask, documents = masks[2 * i : 2 * i + 2]
-            g, x_of_side = part.flatten(-4, -3), basis.flatten(-4, -3)
-            if mode == "uniform":
-                scaled = multiplied(g, parallel)
-            else:
-                violation = 0.0 if mode == "parallel" else violation
-                scaled = rescale_tokens(
-                    g, x_of_side, parallel, violation, Method(*method), mask, documents
-                )
+            mask, documents = tokens[side]
+            scaled = rescaling(
+                part.flatten(-4, -3), basis.flatten(-4, -3), mask=mask, documents=documents
+            )
             part.copy_(scaled.view_as(part))
-        return grad, *(None,) * (3 + _PER_SIDE * len(ctx.sides))
+        return grad, None, None, None, None, None, None, None, None, None
 
 
 declare(Declaration("projection", "in the modules that qk_modules names"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import types
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +21,12 @@ from torch.overrides import TorchFunctionMode
 
 from spanopt.compiling import in_graph
 from spanopt.declarations import Declaration, declare
+from spanopt.rescaling import Rescaling
 from spanopt.taps.masks import Read, allowed, read
 from spanopt.taps.real import Tokens, appended, real_tokens
 from spanopt.taps.refusals import refuse, refuse_vmap
-from spanopt.taps.tap import SideScale, Tap, other_sides
+from spanopt.taps.sides import other_sides, put_node
+from spanopt.taps.tap import Tap
 from spanopt.taps.watcher import Watcher
 
 __all__ = ["HANDLERS"]
@@ -64,10 +66,13 @@ def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any
     same = query is key or (query.shape == key.shape and tap.is_self_attention(query, key))
     queries, keys = _real_tokens(tap, bound, same)
     keys = appended(keys, (bound["bias_k"] is not None) + bool(bound["add_zero_attn"]))
-    values = (*tap.query, *tap.key, *queries, *keys, tap.site.name, heads, tap.watching())
+    # Only tensors, numbers and text pass through what torch.compile does not trace.
+    of_sides = (tap.query.pack(), tuple(queries)), (tap.key.pack(), tuple(keys))
     if tap.checkpoints:
-        return _forward_keeping(tap.keeping, *values, *args, **kwargs)
-    return _forward(*values, *args, **kwargs)
+        return _forward_keeping(
+            tap.keeping, of_sides, tap.site.name, heads, tap.watching(), args, kwargs
+        )
+    return _forward(of_sides, tap.site.name, heads, tap.watching(), args, kwargs)
 
 
 def _sources(bound: dict[str, Any]) -> list[Tensor]:
@@ -111,17 +116,29 @@ def _shown(mask: Tensor | None, batch: int, heads: int) -> Read:
 
 
 @in_graph
-def _forward(*args: Any, **kwargs: Any) -> Any:
-    return _forward_keeping(nullcontext, *args, **kwargs)
+def _forward(
+    of_sides: Any, layer: str, heads: int, watcher: Watcher | None, args: Any, kwargs: Any
+) -> Any:
+    return _forward_keeping(nullcontext, of_sides, layer, heads, watcher, args, kwargs)
 
 
-def _forward_keeping(keeping: Any, *args: Any, **kwargs: Any) -> Any:
-    # torch.compile hands only tensors and numbers to this function, so all values come unpacked.
-    scales = SideScale(*args[:5]), SideScale(*args[5:10])
-    given = Tokens(*args[10:12]), Tokens(*args[12:14])
-    layer, heads, watcher, *rest = args[14:]
-    with _ScoreProduct(scales, given, layer, heads, watcher, keeping):
-        return _transparent(*rest, **kwargs)
+def _forward_keeping(
+    keeping: Any,
+    of_sides: Any,
+    layer: str,
+    heads: int,
+    watcher: Watcher | None,
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    query, key = (_Side(Rescaling.unpack(packed), Tokens(*tokens)) for packed, tokens in of_sides)
+    with _ScoreProduct(query, key, layer, heads, watcher, keeping):
+        return _transparent(*args, **kwargs)
+
+
+class _Side(NamedTuple):
+    rescaling: Rescaling
+    given: Tokens
 
 
 class _ScoreProduct(TorchFunctionMode):
@@ -129,16 +146,16 @@ class _ScoreProduct(TorchFunctionMode):
 
     def __init__(
         self,
-        scales: tuple[SideScale, SideScale],
-        given: tuple[Tokens, Tokens],
+        query: _Side,
+        key: _Side,
         layer: str,
         heads: int,
         watcher: Watcher | None,
         keeping: Any,
     ) -> None:
         super().__init__()
-        self.query, self.key = scales
-        self.given = given
+        self.query = query
+        self.key = key
         self.layer = layer
         self.heads = heads
         self.watcher = watcher
@@ -174,12 +191,14 @@ class _ScoreProduct(TorchFunctionMode):
 
     def _on(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Put the nodes on (batch, heads, N, d), and tell the real queries."""
-        queries, keys = real_tokens(query, key, None, self.given, self.layer)
+        queries, keys = real_tokens(
+            query, key, None, (self.query.given, self.key.given), self.layer
+        )
         with self.keeping():
-            of_query, of_key = other_sides(self.query.setup, self.layer, query, key)
-            watch = self.watcher, self.layer
-            query = self.query.on(query, *queries, of_query, watch=(*watch, "query"))
-            key = self.key.on(key, *keys, of_key, watch=(*watch, "key"))
+            one, two = self.query.rescaling, self.key.rescaling
+            of_query, of_key = other_sides(one.setup, self.layer, query, key)
+            query = put_node(one, query, self.layer, "query", queries, of_query, self.watcher)
+            key = put_node(two, key, self.layer, "key", keys, of_key, self.watcher)
         return query, key, queries.mask
 
 

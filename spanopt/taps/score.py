@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from spanopt.declarations import Declaration, declare
 from spanopt.taps.once import read_once
-from spanopt.taps.tap import Tap, other_sides
+from spanopt.taps.sides import other_sides, put_node
+from spanopt.taps.tap import Tap
 
 __all__ = ["HANDLERS", "put_nodes"]
 
@@ -35,15 +36,16 @@ def _scaled_dot_product_attention(
             seen = () if attn_mask is None else read_once(attn_mask, query.ndim)
             same = query.shape[-2] == key.shape[-2] and tap.is_self_attention(query, key)
             queries, keys = tap.tokens(query, key, seen, same)
-            of_query, of_key = other_sides(tap.method.setup, tap.site.name, query, key)
+            of_query, of_key = other_sides(tap.rescaling.setup, tap.site.name, query, key)
             watcher, layer = tap.watching(), tap.site.name
             if watcher is not None:
                 watcher.scores(layer, query, key, queries.mask, attn_mask, *args, **kwargs)
             with tap.keeping():
-                query = tap.query.on(query, *queries, of_query, watch=(watcher, layer, "query"))
-                key = tap.key.on(key, *keys, of_key, watch=(watcher, layer, "key"))
+                query = put_node(tap.query, query, layer, "query", queries, of_query, watcher)
+                key = put_node(tap.key, key, layer, "key", keys, of_key, watcher)
         else:
-            query, key = tap.query.on(query), tap.key.on(key)
+            query = put_node(tap.query, query, tap.site.name, "query")
+            key = put_node(tap.key, key, tap.site.name, "key")
     return func(query, key, value, attn_mask, *args, **kwargs)
 
 

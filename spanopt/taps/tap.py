@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from torch.overrides import (
 
 from spanopt.compiling import not_compiled_alone
 from spanopt.errors import unclear_mask
-from spanopt.node import Method, span_node, uniform_node
-from spanopt.scale import Factor, SpanScale
-from spanopt.setups import NEED_OTHER, SETUPS
+from spanopt.rescaling import Rescaling
+from spanopt.scale import SpanScale
+from spanopt.setups import SPAN
 from spanopt.shards import is_spread
 from spanopt.sites import AttentionSite
 from spanopt.taps.account import Account, may_train, nodes_of
@@ -41,145 +41,9 @@ from spanopt.taps.stack import (
     traced_place,
 )
 from spanopt.taps.streams import Streams
-from spanopt.taps.watcher import Watched, Watcher, watch_node
+from spanopt.taps.watcher import Watcher
 
-__all__ = ["Handler", "SideScale", "Tap", "other_sides"]
-
-
-class SideScale(NamedTuple):
-    """Scales of one side of one layer, as the nodes read them.
-
-    Attributes:
-        mode: ``"identity"`` (both factors 1: no node), ``"uniform"`` (equal factors: a
-            multiplication), ``"parallel"`` (no violation is left: only the projection) or
-            ``"general"``.
-        factors: Parallel and violation, shape ``(2,)`` or ``(2, H)``. One tensor, as
-            ``torch.compile`` takes time for each.
-        ridge: As in :class:`~spanopt.node.Method`.
-        setup: Likewise.
-        preserve_norm: Likewise.
-    """
-
-    mode: str
-    factors: Tensor
-    ridge: float | None = None
-    setup: str = "span"
-    preserve_norm: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        factors: tuple[Factor, Factor],
-        method: Method,
-        device: torch.device,
-        *,
-        general: bool = False,
-    ) -> SideScale:
-        """Build it from numbers.
-
-        Args:
-            factors: ``(parallel, violation)``.
-            method: How gradients are rescaled, beside them.
-            device: Where the layer's gradients will be.
-            general: Whether to be of that mode also where the factors are equal.
-
-        Returns:
-            The scales, as new tensors.
-        """
-        parallel, violation = factors
-        mode = "general"
-        general = general or (method.preserve_norm and parallel != 1)
-        if parallel == violation and not general:
-            mode = "identity" if parallel == 1 else "uniform"
-        elif violation == 0 and not general:
-            mode = "parallel"
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        with torch.inference_mode(False):  # these tensors outlive such a block
-            values = [torch.tensor(factor, dtype=dtype, device=device) for factor in factors]
-            return cls(mode, torch.stack(torch.broadcast_tensors(*values)), *method)
-
-    def on(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        documents: Tensor | None = None,
-        other: Tensor | None = None,
-        *,
-        watch: tuple[Watcher | None, str, str] = (None, "", ""),
-    ) -> Tensor:
-        """Put the node on Q or K.
-
-        Args:
-            x: Shape ``(..., H, N, d)``.
-            mask: Boolean, broadcastable to ``(..., H, N)``, true at real tokens.
-            documents: As in :func:`~spanopt.projection.rescale_by_document`.
-            other: The other side, where the projection needs it.
-            watch: Who is told, if anyone, and the names of layer and side.
-
-        Returns:
-            A view of ``x``, or ``x`` itself where there is nothing to do.
-        """
-        watcher, layer, side = watch
-        if not x.requires_grad or (self.mode == "identity" and watcher is None):
-            return x
-        node = self._node(x, mask, documents, other)
-        if watcher is not None:
-            method = Method(self.ridge, self.setup, self.preserve_norm)
-            watch_node(watcher, Watched(layer, side, x, method, mask, documents, other), node)
-        return node
-
-    def projects(self) -> bool:
-        """Whether a node of this side projects."""
-        return self.mode in ("parallel", "general")
-
-    def _node(
-        self, x: Tensor, mask: Tensor | None, documents: Tensor | None, other: Tensor | None
-    ) -> Tensor:
-        if not self.projects():
-            return uniform_node(x, self.factors[0])
-        parallel, violation = self.factors.unbind()
-        return span_node(
-            x,
-            parallel,
-            0.0 if self.mode == "parallel" else violation,
-            ridge=self.ridge,
-            mask=mask,
-            documents=documents,
-            projection=self.setup,
-            preserve_norm=self.preserve_norm,
-            other=other,
-        )
-
-
-_OF_ONE_SIDE = frozenset(SETUPS) - NEED_OTHER
-
-
-def other_sides(
-    setup: str, layer: str, query: Tensor, key: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return what a projection needs of the other side: for the query's node and the key's.
-
-    Args:
-        setup: Its name.
-        layer: Name of the layer, for the error.
-        query: Shape ``(..., H, N, d)``.
-        key: Shape ``(..., H', M, d)``.
-
-    Raises:
-        ValueError: It does not go with these shapes.
-    """
-    if setup in _OF_ONE_SIDE:
-        return None, None
-    heads, kv_heads = (x.shape[-3] if x.ndim > 3 else 1 for x in (query, key))
-    unequal = query.shape[-2] != key.shape[-2] and setup in ("cross", "oblique")
-    if heads != kv_heads or unequal:
-        raise ValueError(
-            f"layer {layer!r}: the projection {setup!r} needs as many heads"
-            f"{' and tokens' if unequal else ''} on both sides, got queries {tuple(query.shape)} "
-            f"and keys {tuple(key.shape)}; give this layer projection='span'"
-        )
-    return key.detach(), query.detach()
-
+__all__ = ["Handler", "Tap"]
 
 _numbers = itertools.count()
 
@@ -191,9 +55,10 @@ class Tap(TorchFunctionMode):
     Attributes:
         site: The layer.
         unique_name: A name that no other tap of the process has, for compiled code.
-        query: Scales of the query side. Replaced, never changed in place, when the user edits them:
-            a backward pass under way keeps those of its forward pass.
-        key: Scales of the key side.
+        rescaling: How gradients are rescaled, beside the factors.
+        query: How those of the query side are. It is replaced, never changed, when the user edits
+            scales: a backward pass under way keeps what its forward pass had.
+        key: How those of the key side are.
         account: What came of the layer's calls; the optimizer clears it after each step.
         entered: Set when the layer has run while taps watched.
         called: Set when any attention call was made.
@@ -215,13 +80,13 @@ class Tap(TorchFunctionMode):
         self,
         site: AttentionSite,
         scale: SpanScale,
-        method: Method,
+        rescaling: Rescaling,
         handlers: Mapping[str, Handler],
     ) -> None:
         super().__init__()
         self.site = site
         self.unique_name = f"tap {next(_numbers)}"
-        self.method = method
+        self.rescaling = rescaling
         self.account = Account()
         self.entered = False
         self.called = False
@@ -249,20 +114,24 @@ class Tap(TorchFunctionMode):
             scale: The scales.
 
         Raises:
-            ValueError: The number of per-head values is not the layer's number of heads. The scales
-                are then as they were.
+            ValueError: The number of per-head values is not the layer's number of heads, or a
+                factor is not finite in the dtype of its parameters. The scales are then as they
+                were.
         """
         first = next(self.site.module.parameters(), None)
+        dtype = None if first is None else first.dtype
         device = torch.device("cpu") if first is None or first.is_meta else first.device
         if self.unclear.device != device:
             self.unclear = _counter(device)
         query, key = (
-            SideScale.of(scale.side(side), self.method, device, general=self.held)
+            self.rescaling.with_numbers(scale.side(side), device, held=self.held)
             for side in ("query", "key")
         )
         if self.site.heads is not None:
             check_heads(self.site.name, "query", query.factors, self.site.heads)
             check_heads(self.site.name, "key", key.factors, self.site.kv_heads)
+        for side, rescaling in (("query", query), ("key", key)):
+            rescaling.check_range(dtype, f"layer {self.site.name!r}, {side} side")
         self.query, self.key = query, key
 
     def watching(self) -> Watcher | None:
@@ -486,12 +355,12 @@ class Tap(TorchFunctionMode):
         """
         call = self.current_call()
         given = None if call is None else call.given
-        if given is None or self.method.setup == "span":
+        if given is None or self.rescaling.setup is SPAN:
             return given
         if any(tokens is not None and tokens.documents is not None for tokens in given):
             raise ValueError(
                 f"layer {self.site.name!r}: token_mask gives several documents, which only "
-                f"projection='span' takes apart, not {self.method.setup!r}"
+                f"projection='span' takes apart, not {self.rescaling.setup.name!r}"
             )
         return given
 

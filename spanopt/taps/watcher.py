@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from spanopt.node import Method
+from spanopt.rescaling import Rescaling
 from spanopt.shards import is_spread
 
 __all__ = ["Watched", "Watcher", "Watchers", "watch_node"]
@@ -20,7 +20,7 @@ class Watched(NamedTuple):
         layer: Name of the layer.
         side: ``"query"`` or ``"key"``.
         x: Its values, shape ``(..., H, N, d)``.
-        method: How its gradient is rescaled, beside the factors.
+        rescaling: How its gradient is rescaled.
         mask: Boolean, broadcastable to ``(..., H, N)``, true at real tokens; ``None`` if all are.
         documents: Integers, shape ``(B, N)``: the number of the document that a token is of; tokens
             below 0 are padding. ``None`` where a sequence is one document.
@@ -30,7 +30,7 @@ class Watched(NamedTuple):
     layer: str
     side: str
     x: Tensor
-    method: Method
+    rescaling: Rescaling
     mask: Tensor | None = None
     documents: Tensor | None = None
     other: Tensor | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 from spanopt.node import switched_node
 from spanopt.taps.masks import allowed
 from spanopt.taps.real import Tokens, by_document
+from spanopt.taps.sides import other_sides
 from spanopt.taps.softmax.equations import layouts_of, terms_of
 from spanopt.taps.softmax.masking import note_mask
 from spanopt.taps.softmax.mixing import mixed_by_einsum, mixed_by_product
@@ -21,7 +22,7 @@ from spanopt.taps.softmax.scores import (
     carry_product,
     scores_of,
 )
-from spanopt.taps.tap import Tap, other_sides
+from spanopt.taps.tap import Tap
 
 __all__ = ["bmm", "einsum", "matmul"]
 
@@ -124,7 +125,7 @@ def _product(tap: Tap, left: Tensor, right: Tensor, x: Tensor, y: Tensor) -> Pro
     same = tap.is_self_attention(left, right) and x.shape[-2] == y.shape[-2]
     of_x = of_y = None
     if tap.projects(x, y):
-        of_x, of_y = other_sides(tap.method.setup, tap.site.name, x, y)
+        of_x, of_y = other_sides(tap.rescaling.setup, tap.site.name, x, y)
     operands = _operand(tap, x, of_left, of_x), _operand(tap, y, of_right, of_y)
     streams = tap.streams()
     return Product(*operands, same, [], bool(streams.of(left) and streams.of(right)))
@@ -137,10 +138,8 @@ def _operand(tap: Tap, x: Tensor, given: Tokens | None, other: Tensor | None) ->
     with tap.keeping():
         node, switch, real = switched_node(
             x,
-            query.factors,
-            key.factors,
-            project=query.projects() or key.projects(),
-            method=tap.method,
+            query,
+            key,
             other=other,
             documents=None if given is None else by_document(given, x.shape),
         )

@@ -74,9 +74,11 @@ def _switch_on(tap: Tap, x: Tensor, product: Product, read: Read) -> tuple[Tenso
         )
     for side, operand, real in zip(("query", "key"), (query, key), tokens, strict=True):
         if operand.switches is not None:
+            rescaling = tap.query if side == "query" else tap.key
+            rescaling.check_range(operand.x.dtype, f"layer {tap.site.name!r}, {side} side")
             mask = None if real.mask is None else real.mask.reshape(-1, real.mask.shape[-1])
             x = switch_on(x, *operand.switches, side=side, mask=mask)
             if watcher is not None:
-                of_node = tap.site.name, side, operand.x, tap.method, *real, operand.other
+                of_node = tap.site.name, side, operand.x, rescaling, *real, operand.other
                 watch_node(watcher, Watched(*of_node), operand.node)
     return x, tokens[0].mask

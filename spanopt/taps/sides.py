@@ -1,0 +1,78 @@
+"""Putting the nodes on Q and K: their tokens, the other side, and who watches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spanopt.node import rescaling_node
+from spanopt.rescaling import Rescaling
+from spanopt.setups import Setup
+from spanopt.taps.real import Tokens
+from spanopt.taps.watcher import Watched, Watcher, watch_node
+
+__all__ = ["other_sides", "put_node"]
+
+
+def put_node(
+    rescaling: Rescaling,
+    x: Tensor,
+    layer: str,
+    side: str,
+    tokens: Tokens = Tokens(),  # noqa: B008
+    other: Tensor | None = None,
+    watcher: Watcher | None = None,
+) -> Tensor:
+    """Put the node on Q or K.
+
+    Args:
+        rescaling: How its gradient is rescaled.
+        x: Shape ``(..., H, N, d)``.
+        layer: Name of the layer.
+        side: ``"query"`` or ``"key"``.
+        tokens: Its real tokens.
+        other: The other side, where the setup needs it.
+        watcher: Who is told of the gradients, if anyone.
+
+    Returns:
+        A view of ``x``, or ``x`` itself where there is nothing to do.
+
+    Raises:
+        ValueError: A factor is not finite in the dtype of ``x``.
+    """
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x
+    if rescaling.mode == "identity" and watcher is None:
+        return x
+    rescaling.check_range(x.dtype, f"layer {layer!r}, {side} side")
+    node = rescaling_node(x, rescaling, mask=tokens.mask, documents=tokens.documents, other=other)
+    if watcher is not None:
+        watch_node(watcher, Watched(layer, side, x, rescaling, *tokens, other), node)
+    return node
+
+
+def other_sides(
+    setup: Setup, layer: str, query: Tensor, key: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what a projection needs of the other side: for the query's node and the key's.
+
+    Args:
+        setup: The projection setup.
+        layer: Name of the layer, for the error.
+        query: Shape ``(..., H, N, d)``.
+        key: Shape ``(..., H', M, d)``.
+
+    Raises:
+        ValueError: It does not go with these shapes.
+    """
+    if not setup.needs_other:
+        return None, None
+    heads, kv_heads = (x.shape[-3] if x.ndim > 3 else 1 for x in (query, key))
+    unequal = query.shape[-2] != key.shape[-2] and setup.equal_lengths
+    if heads != kv_heads or unequal:
+        raise ValueError(
+            f"layer {layer!r}: the projection {setup.name!r} needs as many heads"
+            f"{' and tokens' if unequal else ''} on both sides, got queries {tuple(query.shape)} "
+            f"and keys {tuple(key.shape)}; give this layer projection='span'"
+        )
+    return key.detach(), query.detach()
