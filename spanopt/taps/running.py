@@ -124,10 +124,13 @@ def calls_forward_directly(module: nn.Module, *, traced: bool = False) -> bool:
     """
     forward = False
     for name, owner, frame in _frames():
-        if owner is module and not (traced and frame is not None):
+        if owner is module:
             if "_call_impl" in name:
                 return False
-            forward = forward or name == "forward"
+            forward = forward or (name == "forward" and not (traced and frame is not None))
+    if forward and traced:
+        # Compiled by itself, the forward may be run by calls of the module too.
+        return all(owner is not module for _, owner, _ in _traced(_translators()[-1]))
     return forward
 
 
