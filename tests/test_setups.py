@@ -508,7 +508,9 @@ def test_a_setup_is_copied_and_pickled_as_what_it_stands_for():
     assert (again.name, again.function, again.needs_other) == ("own", halves, False)
 
 
-@pytest.mark.parametrize("name", ["cross", "oblique", "feature", halves], ids=str)
+@pytest.mark.parametrize(
+    "name", ["cross", "oblique", "feature", pytest.param(halves, id="function")]
+)
 def test_a_node_that_needs_the_other_side_refuses_to_go_without(name):
     with pytest.raises(ValueError, match=r"span_node.*needs the other side's tensor"):
         span_node(torch.ones(5, 2), 2.0, 1.0, projection=name)
