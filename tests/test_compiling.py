@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.oldest
+
 
 def run(script):
     """Run a script in a fresh process, in which nobody has imported Dynamo."""

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from spanopt.node import span_node
 
+pytestmark = pytest.mark.oldest
+
 TOLERANCE = 1e-10
 HEADS = (2, 3)
 

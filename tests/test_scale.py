@@ -7,6 +7,8 @@ import torch
 from spanopt import SpanScale
 from spanopt.scale import resolve_scales
 
+pytestmark = pytest.mark.oldest
+
 NAMES = ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn", "decoder.layers.0.self_attn"]
 
 

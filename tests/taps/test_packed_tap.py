@@ -6,6 +6,8 @@ from torch import nn
 
 from spanopt import SpanScale, attach
 
+pytestmark = pytest.mark.oldest
+
 SCALES = {"query": (2.0, 0.5), "key": (3.0, 1.0)}
 MODULES = {
     "self": {},

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from spanopt import SpanScale, attach
 
+pytestmark = pytest.mark.oldest
+
 SCALES = {"query": (2.0, 0.5), "key": (3.0, 1.0)}
 
 

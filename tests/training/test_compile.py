@@ -15,7 +15,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from spanopt import SpanScale, SpanScaledOptimizer, attach, token_mask
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*")
+pytestmark = [
+    pytest.mark.oldest,
+    pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*"),
+]
 
 
 @pytest.fixture(autouse=True)
