@@ -157,7 +157,8 @@ class Rescaling:
         assert isinstance(other.factors, Tensor)
         one, two = (
             factors if factors.ndim == 1 or factors.shape[1] == heads else factors[:, 0]
-            for factors in (self.factors, other.factors)
+            # A model may be on the meta device, where no scales are.
+            for factors in (x.to(condition.device) for x in (self.factors, other.factors))
         )
         if one.ndim != two.ndim:
             one, two = (x if x.ndim > 1 else x[:, None] for x in (one, two))

@@ -46,6 +46,7 @@ def is_spread(x: Tensor) -> bool:
     """Return whether a tensor is a ``DTensor``.
 
     Example:
+        >>> import torch
         >>> is_spread(torch.ones(2, 1))
         False
     """

@@ -433,7 +433,7 @@ def test_a_killed_study_loses_only_what_was_running(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(code)
     out = tmp_path / "out"
-    paths = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
+    paths = [str(ROOT / "benchmarks"), str(Path(__file__).parent)]
     process = subprocess.Popen(
         [sys.executable, str(script), *paths, str(out)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([*paths, str(ROOT)])},

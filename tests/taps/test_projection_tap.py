@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import pickle
+import sys
 
 import pytest
 import torch
@@ -826,7 +827,7 @@ class _Attend(torch.autograd.Function):
 
 
 def test_a_function_with_its_own_backward_is_seen_into_by_no_tap_either(monkeypatch):
-    monkeypatch.setattr("test_projection_tap.kernel", _Attend.apply)
+    monkeypatch.setattr(sys.modules[__name__], "kernel", _Attend.apply)
     model, batch = decoder(), tokens()
     optimizer = SpanScaledOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, SCALE)
     with pytest.raises(UnscaledLayerError, match=r"'blocks.0.attn'.*qk_modules="):  # noqa: PT012
