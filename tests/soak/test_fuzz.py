@@ -214,7 +214,8 @@ def test_what_is_no_dict_of_scales_is_refused_and_installs_nothing(scales):
     except (TypeError, ValueError):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         return
-    assert scales is None or isinstance(scales, (dict, SpanScale))
+    pair = isinstance(scales, (tuple, list)) and len(scales) == 2  # the same for all layers
+    assert scales is None or pair or isinstance(scales, (dict, SpanScale))
     for group in optimizer.span_groups:
         assert math.isfinite(torch.as_tensor(group["parallel"]).sum())
     batch = torch.zeros(2, 5, dtype=torch.long)
