@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spanopt.projection import check_ridge
+from spanopt.mathematics.checks import check_ridge
 from spanopt.rescaling import Rescaling, unfit_dtypes
 from spanopt.setups import SPAN, Setup, SetupFunction
 from spanopt.shards import Spread, is_spread, on_shards

@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from spanopt.errors import BY_HAND
+from spanopt.mathematics.checks import check_ridge
 from spanopt.patterns import matching
-from spanopt.projection import check_ridge
 from spanopt.rescaling import Rescaling
 from spanopt.scale import ScaleLike, SpanScale, resolve_scales
 from spanopt.setups import SPAN, Setup, SetupFunction

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spanopt.projection import inverse_power, largest_entries, rescale, rescale_by_document
+from spanopt.mathematics.magnitudes import inverse_power, largest_entries
+from spanopt.projection import rescale, rescale_by_document
 from spanopt.scale import Factor
 from spanopt.setups import SPAN, Setup
 from spanopt.setups.registry import carried

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spanopt.projection import inverse_power, largest_entries
+from spanopt.mathematics.magnitudes import inverse_power, largest_entries
 from spanopt.setups.registry import setup
 
 __all__ = ["feature"]

@@ -1,0 +1,66 @@
+"""Precision of the mathematics: the dtype computed in, its rounding unit and the ridge."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+__all__ = ["compute_dtype", "default_ridge", "full_precision", "matmul_eps"]
+
+
+def default_ridge(dtype: torch.dtype) -> float:
+    """Return the relative ridge that :func:`project` takes for a basis of this dtype.
+
+    It is ``eps ** 1.6`` for the rounding unit ``eps`` in which the matrix products are done:
+    8e-12 in float32 (also for float16 and bfloat16, which are computed in float32) and 9e-26 in
+    float64. When ``torch.set_float32_matmul_precision`` allows float32 products on fewer bits,
+    ``eps`` is theirs.
+
+    Args:
+        dtype: A real floating-point dtype.
+
+    Returns:
+        The ridge, relative to the squared Frobenius norm of the basis.
+
+    Example:
+        >>> import torch
+        >>> f"{default_ridge(torch.float64):.0e}"
+        '9e-26'
+    """
+    return float(matmul_eps(compute_dtype(dtype)) ** 1.6)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that tensors of a dtype are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def matmul_eps(dtype: torch.dtype) -> float:
+    """Rounding unit of a matrix product of this dtype, as the user's settings allow it."""
+    if dtype == torch.float32 and _float32_products_are_shortened():
+        return 2.0**-10
+    return torch.finfo(dtype).eps
+
+
+def full_precision(device_type: str) -> AbstractContextManager[Any]:
+    """Keep autocast from sending matrix products to half precision."""
+    if _has_autocast(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+def _float32_products_are_shortened() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+# As torch.compiler.assume_constant_result does, which takes seconds to import the compiler. Torch
+# 2.6 traces neither function, and takes a bool for a constant but no float.
+_constants: tuple[Any, ...] = (_has_autocast, _float32_products_are_shortened)
+for _constant in _constants:
+    _constant._dynamo_marked_constant = True
