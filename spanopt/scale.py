@@ -36,7 +36,8 @@ class SpanScale:
     Raises:
         TypeError: A factor that is not a number or a sequence of numbers, or a side that is not a
             pair.
-        ValueError: A factor that is not finite, or an empty sequence.
+        ValueError: A factor that is not finite, an empty sequence, or two sequences on one side
+            that differ in length.
 
     Note:
         The defaults are 1, which leaves the gradient as it is, because this project's own study,
@@ -61,6 +62,13 @@ class SpanScale:
             object.__setattr__(self, name, _factor(name, getattr(self, name)))
         for name in _SIDES:
             object.__setattr__(self, name, _pair(name, getattr(self, name)))
+        for side in _SIDES:
+            counts = [len(factor) for factor in self.side(side) if isinstance(factor, tuple)]
+            if len(set(counts)) > 1:
+                raise ValueError(
+                    f"{side} side: parallel has {counts[0]} per-head values and violation has "
+                    f"{counts[1]}; give one number, or as many as there are heads"
+                )
 
     def side(self, side: str) -> tuple[Factor, Factor]:
         """Return ``(parallel, violation)`` for one side.
@@ -92,7 +100,7 @@ class SpanScale:
 
         Raises:
             TypeError: Anything else, or a mapping with an unknown field.
-            ValueError: A factor that is not finite, or an empty sequence.
+            ValueError: As for :class:`SpanScale`.
 
         Example:
             >>> SpanScale.of((2.0, 0.5)) == SpanScale.of({"parallel": 2.0, "violation": 0.5})

@@ -75,6 +75,25 @@ def test_other_values_are_errors(scales, error, message):
         resolve_scales(scales, NAMES)
 
 
+@pytest.mark.parametrize(
+    ("fields", "side"),
+    [
+        ({"parallel": [1.0] * 3, "violation": [1.0] * 4}, "query side"),
+        ({"parallel": [1.0], "violation": [1.0] * 4, "query": (1.0, 1.0)}, "key side"),
+        ({"key": ([1.0] * 2, [1.0] * 4)}, "key side"),
+    ],
+)
+def test_two_sequences_of_one_side_that_differ_in_length_are_an_error(fields, side):
+    with pytest.raises(ValueError, match=f"{side}: parallel has . per-head values and violation"):
+        SpanScale(**fields)
+
+
+def test_sequences_of_two_sides_may_differ_in_length():
+    scale = SpanScale([1.0] * 3, [2.0] * 4, query=([1.0] * 4, [2.0] * 4), key=([1.0] * 2, 2.0))
+    assert len(scale.side("query")[0]) == 4
+    assert len(scale.side("key")[0]) == 2
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, [1.0, math.nan]])
 @pytest.mark.parametrize("field", ["parallel", "violation"])
 def test_a_scale_that_is_not_finite_is_an_error_that_names_it(field, bad):
