@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness.experiment import Experiment
 from harness.store import Store
-from harness.tasks import Text
+from harness.texts import Text
 from harness.training import run_trial
 from harness.trial import Trial
 from spanopt.compare.pool import process_pool, run_pending

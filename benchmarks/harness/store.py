@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness.tasks import Text
+from harness.texts import Text
 from harness.trial import Trial
 from spanopt.compare.jsonl import append_line, read_lines
 

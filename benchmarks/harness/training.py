@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.optimizers import build_optimizers, scheduled
-from harness.tasks import Task, Text, build_task
+from harness.tasks import Task, build_task
+from harness.texts import Text
 from harness.trial import Trial
 from spanopt import SpanMonitor, SpanScale, SpanScaledOptimizer, SpanScheduler, find_attention
 from spanopt.schedules import linear

@@ -18,13 +18,16 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import study  # noqa: E402
+from experiments.primary import CONFIRMATION, CONTROLS, PRIMARY  # noqa: E402
+from experiments.settings import MUON_CONFIRMATION, SETTINGS  # noqa: E402
 from harness.experiment import Experiment  # noqa: E402
 from harness.optimizers import OPTIMIZERS, build_optimizers  # noqa: E402
 from harness.partial import drawn_by_rate, worth  # noqa: E402
 from harness.report import Report  # noqa: E402
 from harness.runner import run_experiments  # noqa: E402
 from harness.store import Store  # noqa: E402
-from harness.tasks import TASKS, Text, build_task  # noqa: E402
+from harness.tasks import TASKS, build_task  # noqa: E402
+from harness.texts import Text  # noqa: E402
 from harness.training import raise_qk_rate, random_subspace, run_trial  # noqa: E402
 from harness.trial import Trial  # noqa: E402
 
@@ -326,7 +329,7 @@ def test_the_span_of_a_random_projection_of_the_input_is_a_control():
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_learns(name, monkeypatch):
     monkeypatch.setattr("harness.tasks.PRETRAINING_STEPS", 2)
-    monkeypatch.setattr("harness.tasks.SUBWORDS", 300)
+    monkeypatch.setattr("harness.texts.SUBWORDS", 300)
     model, length = ("learned", 17) if name == "digits" else ("rotary", 16)
     base = Trial(
         steps=30, batch=8, length=length, layers=1, width=32, heads=2, task=name, model=model
@@ -531,14 +534,14 @@ def test_the_page_is_what_the_results_give(tmp_path):
         assert (study.DOCS / path.name).exists()
         assert f"({path.name})" in page
     report = Report(study.GROUPS, Store(study.RESULTS))
-    changes = [report.change(e, "(2, 1)") for e in study.SETTINGS]
+    changes = [report.change(e, "(2, 1)") for e in SETTINGS]
     worse = sum(change.mean > 0 for change in changes)
     assert f"In {worse} of these {len(changes)} settings the mean of (2, 1) is worse" in page
     assert not any(change.high < 0 for change in changes)
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     docstring = " ".join(SpanScale.__doc__.split())
     for arm in ("(2, 1)", "near-null (1.0001, 1)", "(1, 0): span only", "(0, 1): violation only"):
-        assert in_words(report.change(study.PRIMARY, arm)) in readme
+        assert in_words(report.change(PRIMARY, arm)) in readme
     for placeholder in (
         "[[so-far rate-0.001 | (2, 1)]]",
         "[[so-far rate-0.001 | (1, 2)]]",
@@ -546,10 +549,10 @@ def test_the_page_is_what_the_results_give(tmp_path):
         "[[between rate-0.001 | (2, 1) against uniform (2, 2)]]",
     ):
         assert report.page(placeholder) in readme
-    control = report.change(study.CONTROLS, "(0, 1), random projection of the input")
+    control = report.change(CONTROLS, "(0, 1), random projection of the input")
     assert in_words(control) in readme
     for arm in ("(2, 1)", "uniform (2, 2)"):
-        assert in_words(report.change(study.MUON_CONFIRMATION, arm)) in readme
-    change = report.change(study.CONFIRMATION, "(2, 1)")
+        assert in_words(report.change(MUON_CONFIRMATION, arm)) in readme
+    change = report.change(CONFIRMATION, "(2, 1)")
     assert in_words(change) in readme
     assert f"{change.mean:+.2f} % (95 % interval {change.low:+.2f} to" in docstring

@@ -1,0 +1,82 @@
+"""The source's figure: comparisons at fixed rates, from far below plain's best to above it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from harness.experiment import NEAR_NULL, Experiment
+
+from experiments.base import HALF, scaled
+
+__all__ = ["AT_RATE", "LONG_AT_RATE", "fixed_rates_in_order"]
+
+# Plain's best rate is 0.011.
+LOW_RATES = (1e-3, 2e-3)
+RATES = tuple(5e-4 * 2**n for n in range(6))
+RATE_ARMS = {
+    "plain": HALF,
+    "(2, 1)": scaled(2, 1, HALF),
+    "uniform (2, 2)": scaled(2, 2, HALF),
+    "(1, 2)": scaled(1, 2, HALF),
+    "near-null (1.0001, 1)": scaled(NEAR_NULL, 1, HALF),
+    "(2, 1), pooled": scaled(2, 1, HALF, projection="pooled"),
+    "(1, 2), pooled": scaled(1, 2, HALF, projection="pooled"),
+    "(2, 1), feature": scaled(2, 1, HALF, projection="feature"),
+    "random subspace (2, 1)": scaled(2, 1, HALF, projection="random"),
+    "(3, 1)": scaled(3, 1, HALF),
+    "(1, 0.5)": scaled(1, 0.5, HALF),
+    "uniform (0.5, 0.5)": scaled(0.5, 0.5, HALF),
+}
+# The control that says what a gain is worth: plain training at a somewhat higher rate.
+RATE_FACTORS = (1.02, 1.05, 1.1, 1.2, 1.5)
+ALL_RATES = {f"plain, rate x {factor:g}": factor for factor in RATE_FACTORS}
+QK_RATES = {f"plain, Q and K's rate x {factor:g}": factor for factor in RATE_FACTORS}
+
+
+def at_rate(lr: float, name: str = "rate", steps: int = 300, seeds: int = 16) -> Experiment:
+    """Return the comparison at one fixed rate, with the equivalent-rate control at low ones."""
+    base = replace(HALF, steps=steps)
+    arms = {arm: replace(trial, steps=steps) for arm, trial in RATE_ARMS.items()}
+    factors: dict[str, float] = {}
+    if steps == HALF.steps and lr in LOW_RATES:
+        # The learning rate is set with the seed; until then it tells these arms from plain.
+        arms |= {arm: replace(base, lr=factor * lr) for arm, factor in ALL_RATES.items()}
+        arms |= {arm: replace(base, qk_lr=factor) for arm, factor in QK_RATES.items()}
+        factors = ALL_RATES
+    if steps != HALF.steps:
+        kept = ("plain", "(2, 1)", "uniform (2, 2)", "(1, 2)", "(2, 1), pooled", "(1, 2), pooled")
+        arms = {arm: arms[arm] for arm in kept}
+    return Experiment(
+        f"{name}-{lr:g}",
+        f"Does it help at a fixed learning rate of {lr:g}, for {steps} steps?",
+        arms,
+        "plain",
+        (lr,),
+        tuple(range(200, 200 + seeds)),
+        lr_factor=factors,
+    )
+
+
+AT_RATE = {lr: at_rate(lr) for lr in RATES}
+LONG_AT_RATE = [at_rate(lr, "long-rate", steps=2400, seeds=8) for lr in LOW_RATES]
+AT_LOW_RATE = [AT_RATE[lr] for lr in LOW_RATES]
+
+
+def fixed_rates_in_order() -> Iterator[Experiment]:
+    """Return parts of the comparisons at fixed rates, in an order that was set beforehand.
+
+    What tells most comes first: low rates, the main arms and their control, half of the seeds.
+    """
+    main = ["plain", "(2, 1)", "uniform (2, 2)", "(1, 2)"]
+    pooled = ["(2, 1), pooled", "(1, 2), pooled"]
+    halves = (slice(0, 8), slice(8, 16))
+    for half in halves:
+        for arms in (main, [*ALL_RATES], pooled, [*QK_RATES]):
+            for e in AT_LOW_RATE:
+                yield e.part([*dict.fromkeys(["plain", *arms])], half)
+    rest = [AT_RATE[lr] for lr in (4e-3, 5e-4, 8e-3, 16e-3)]
+    for half in halves:
+        yield from (e.part(main, half) for e in rest)
+    yield from (e.part(RATE_ARMS, slice(0, 8)) for e in (*AT_LOW_RATE, *rest))
+    yield from AT_RATE.values()

@@ -1,0 +1,89 @@
+"""The texts that the study trains on, and their tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
+
+__all__ = ["Text", "characters", "subwords", "windows"]
+
+SUBWORDS = 1024
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to train on and one to validate on.
+
+    Attributes:
+        name: What reports call it.
+        train: The first.
+        validation: The second. Its first half is the tuning split, its second the reporting split.
+    """
+
+    name: str
+    train: str
+    validation: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of both."""
+        both = f"{len(self.train)}:{self.train}{self.validation}"
+        return hashlib.sha256(both.encode()).hexdigest()
+
+    @classmethod
+    def default(cls) -> Text:
+        """Return Python's own help topics, English text that every Python ships."""
+        from pydoc_data.topics import topics
+
+        return cls.split("Python's help topics", "\n".join(topics.values()))
+
+    @classmethod
+    def split(cls, name: str, text: str) -> Text:
+        """Split a text by position: the last fifth is for validation."""
+        cut = round(len(text) * 0.8)
+        return cls(name, text[:cut], text[cut:])
+
+    @classmethod
+    def read(cls, name: str, train: Path, validation: Path | None) -> Text:
+        """Read one UTF-8 file and split it, or two."""
+        text = train.read_text(encoding="utf-8")
+        if validation is None:
+            return cls.split(name, text)
+        return cls(name, text, validation.read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=4)
+def characters(text: Text) -> tuple[Tensor, Tensor, int]:
+    """Number the characters: of the training text, of the validation text, and how many."""
+    raw = np.frombuffer((text.train + text.validation).encode("utf-32-le"), dtype=np.uint32)
+    alphabet, codes = np.unique(raw, return_inverse=True)
+    tokens = torch.from_numpy(codes.astype(np.int64))
+    return tokens[: len(text.train)], tokens[len(text.train) :], len(alphabet)
+
+
+def windows(tokens: Tensor, count: int, size: int) -> Tensor:
+    """Cut evenly spaced windows out of a text, shape (count, size)."""
+    if len(tokens) < size:
+        raise ValueError(f"the text is too short: {len(tokens)} tokens, at least {size} are needed")
+    count = min(count, len(tokens) // size)
+    starts = torch.linspace(0, len(tokens) - size, count).long()
+    return tokens[starts[:, None] + torch.arange(size)]
+
+
+@lru_cache(maxsize=4)
+def subwords(text: Text) -> tuple[Tensor, Tensor, int]:
+    """Tokenise by byte-pair encoding learnt from the training text, as :func:`characters`."""
+    tokenizer = ByteLevelBPETokenizer()
+    options = {"vocab_size": SUBWORDS, "min_frequency": 2, "show_progress": False}
+    tokenizer.train_from_iterator([text.train], **options)
+    train, validation = (
+        torch.tensor(tokenizer.encode(part).ids) for part in (text.train, text.validation)
+    )
+    return train, validation, tokenizer.get_vocab_size()
