@@ -21,10 +21,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments import EXPERIMENTS, GROUPS, QUICK
+from experiments.base import FACTORS
 from experiments.fixed_rates import AT_RATE, fixed_rates_in_order
 from experiments.primary import CONFIRMATION, PRIMARY, SHARES
 from experiments.settings import SETTINGS
-from experiments.variants import FACTORS, GRID, PATHS, RIVALS
+from experiments.variants import GRID, PATHS, RIVALS
 from harness.experiment import Experiment
 from harness.partial import drawn_by_rate
 from harness.report import Report

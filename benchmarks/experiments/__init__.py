@@ -7,8 +7,9 @@ from dataclasses import replace
 from harness.experiment import Experiment
 
 from experiments.base import PLAIN, main_arms
-from experiments.fixed_rates import AT_RATE, LONG_AT_RATE
+from experiments.fixed_rates import AT_LOW_RATE_ELSEWHERE, AT_RATE, LONG_AT_RATE
 from experiments.primary import CONFIRMATION, CONTROLS, PRIMARY, SHARES
+from experiments.search import CHOSEN, SEARCH, confirmation
 from experiments.settings import (
     HEAD_DIMS,
     LENGTHS,
@@ -43,5 +44,7 @@ GROUPS = {
     "sizes": [*SIZES[:1], *PROTOTYPES, *SIZES[1:]],
     "rates": [*AT_RATE.values()],
     "long-rates": LONG_AT_RATE,
+    "low-rate": AT_LOW_RATE_ELSEWHERE,
+    "search": [*SEARCH, *([confirmation(CHOSEN)] if CHOSEN else [])],
 }
 EXPERIMENTS = {experiment.name: experiment for group in GROUPS.values() for experiment in group}

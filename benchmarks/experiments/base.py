@@ -8,6 +8,7 @@ from harness.experiment import TUNING_SEEDS, Experiment
 from harness.trial import Trial
 
 __all__ = [
+    "FACTORS",
     "FROZEN",
     "HALF",
     "HALF_SEEDS",
@@ -21,6 +22,7 @@ __all__ = [
 
 PLAIN = Trial()
 FROZEN = "(0, 0): Q and K frozen"
+FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # of the grids
 LRS = (4e-3, 8e-3, 16e-3, 32e-3)
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from harness.experiment import NEAR_NULL, Experiment
+from harness.trial import Trial
 
-from experiments.base import HALF, scaled
+from experiments.base import FACTORS, HALF, scaled
 
-__all__ = ["AT_RATE", "LONG_AT_RATE", "fixed_rates_in_order"]
+__all__ = ["AT_LOW_RATE_ELSEWHERE", "AT_RATE", "LONG_AT_RATE", "fixed_rates_in_order"]
 
 # Plain's best rate is 0.011.
 LOW_RATES = (1e-3, 2e-3)
@@ -80,3 +81,80 @@ def fixed_rates_in_order() -> Iterator[Experiment]:
         yield from (e.part(main, half) for e in rest)
     yield from (e.part(RATE_ARMS, slice(0, 8)) for e in (*AT_LOW_RATE, *rest))
     yield from AT_RATE.values()
+
+
+def at_low_rate(name: str, question: str, arms: dict[str, Trial], seeds: int = 8) -> Experiment:
+    """Return a comparison at the lowest of the low rates, on seeds of its own."""
+    lrs = LOW_RATES[:1]
+    seeds_here = tuple(range(500, 500 + seeds))
+    return Experiment(f"low-rate-{name}", question, arms, next(iter(arms)), lrs, seeds_here)
+
+
+def three_arms(base: Trial) -> dict[str, Trial]:
+    """Return plain, (2, 1) and its control for another model or task."""
+    return {"plain": base, "(2, 1)": scaled(2, 1, base), "uniform (2, 2)": scaled(2, 2, base)}
+
+
+EQUIVALENT = 1.07  # by what factor (2, 1) is worth a higher rate, see docs/evidence.md
+AT_EQUIVALENT = replace(HALF, lr=EQUIVALENT * LOW_RATES[0])
+AT_LOW_RATE_ELSEWHERE = [
+    replace(
+        at_low_rate(
+            "equivalent",
+            "At an equal equivalent rate, is anything left, and do the two add up?",
+            {
+                f"plain, rate x {EQUIVALENT}": AT_EQUIVALENT,
+                "(2, 1)": scaled(2, 1, HALF),
+                f"(2, 1), rate x {EQUIVALENT}": scaled(2, 1, AT_EQUIVALENT),
+            },
+            seeds=16,
+        ),
+        lr_factor={
+            f"plain, rate x {EQUIVALENT}": EQUIVALENT,
+            f"(2, 1), rate x {EQUIVALENT}": EQUIVALENT,
+        },
+    ),
+    at_low_rate(
+        "paths",
+        "By which way does it act at a low rate?",
+        {"plain": HALF}
+        | {
+            f"{name} to the {path} only": scaled(a, b, HALF, path=path)
+            for name, a, b in (("(2, 1)", 2, 1), ("uniform (2, 2)", 2, 2))
+            for path in ("weights", "inputs")
+        },
+    ),
+    at_low_rate(
+        "grid",
+        "Which pair of scales at a low rate?",
+        {"(1, 1)": HALF}
+        | {
+            f"({a:g}, {b:g})": scaled(a, b, HALF)
+            for a in FACTORS
+            for b in FACTORS
+            if (a, b) != (1.0, 1.0)
+        },
+        seeds=3,
+    ),
+    *(
+        at_low_rate(
+            f"head-dim-{d}",
+            f"Does it help at a low rate with heads of dimension {d}?",
+            three_arms(replace(HALF, width=128, heads=128 // d, batch=4)),
+        )
+        for d in (8, 32, 128)
+    ),
+    at_low_rate(
+        "subwords",
+        "Does it help at a low rate on subwords?",
+        three_arms(replace(HALF, task="subwords")),
+    ),
+    *(
+        at_low_rate(
+            f"size-{layers}x{width}",
+            f"Does it help at a low rate with {layers} layers of width {width}?",
+            three_arms(replace(HALF, layers=layers, width=width, heads=width // 32)),
+        )
+        for layers, width in ((3, 96), (4, 128))
+    ),
+]

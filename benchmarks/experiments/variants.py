@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from harness.experiment import Experiment
 
-from experiments.base import HALF, HALF_SEEDS, LRS, at_plains_rate, scaled
+from experiments.base import FACTORS, HALF, HALF_SEEDS, LRS, at_plains_rate, scaled
 
-__all__ = ["FACTORS", "GRID", "PATHS", "PLACES", "RIVALS", "SETUPS", "TIME"]
+__all__ = ["GRID", "PATHS", "PLACES", "RIVALS", "SETUPS", "TIME"]
 
 PATHS_CLIPPED = {
     "(2, 1)": scaled(2, 1, HALF),
@@ -29,7 +29,6 @@ PATHS = at_plains_rate(
     baselines=dict.fromkeys(PATHS_UNCLIPPED, "plain, no clipping"),
 )
 
-FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 GRID = at_plains_rate(
     "grid",
     "Which pair of scales?",

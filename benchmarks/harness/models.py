@@ -24,11 +24,14 @@ class Attention(nn.Module):
     def __init__(self, trial: Trial) -> None:
         super().__init__()
         self.trial = trial
-        self.qkv = nn.Linear(trial.width, 3 * trial.width)
+        if trial.separate:
+            self.q, self.k, self.v = (nn.Linear(trial.width, trial.width) for _ in range(3))
+        else:
+            self.qkv = nn.Linear(trial.width, 3 * trial.width)
         self.out = nn.Linear(trial.width, trial.width)
         if trial.projection == "random-input":
             drawn = torch.Generator().manual_seed(trial.seed)
-            weight = torch.randn(self.qkv.weight.shape, generator=drawn)
+            weight = torch.randn(self.weights()[0].shape, generator=drawn)
             self.random_weight: Tensor
             self.register_buffer("random_weight", weight, persistent=False)
         if trial.model == "rotary":
@@ -40,11 +43,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, D) to the same shape."""
-        q, k, v = self.project(x, self.qkv.weight, self.qkv.bias)
+        q, k, v = self.project(x, *self.weights())
         if self.trial.in_model:
             q, k = self.separated(x) if self.trial.path != "both" else self.controlled(x, q, k)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.trial.task not in BIDIRECTIONAL)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Return the weight (3 D, D) and the bias (3 D) that give Q, K and V."""
+        if not self.trial.separate:
+            return self.qkv.weight, self.qkv.bias
+        parts = self.q, self.k, self.v
+        return torch.cat([x.weight for x in parts]), torch.cat([x.bias for x in parts])
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return Q, K and V, each (B, H, N, d)."""
@@ -58,7 +68,7 @@ class Attention(nn.Module):
 
     def separated(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return Q and K, their gradient scaled on only one of its two ways on."""
-        weight, bias = self.qkv.weight, self.qkv.bias
+        weight, bias = self.weights()
         to_weights = self.project(x.detach(), weight, bias)[:2]
         to_inputs = self.project(x, weight.detach(), bias.detach())[:2]
         scales = self.trial.parallel, self.trial.violation
@@ -75,7 +85,9 @@ class Attention(nn.Module):
 
     def controlled(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return Q and K, their gradient scaled by the spans of random projections of the input."""
-        spans = self.project(x.detach(), self.random_weight, torch.zeros_like(self.qkv.bias))[:2]
+        spans = self.project(x.detach(), self.random_weight, torch.zeros(len(self.random_weight)))[
+            :2
+        ]
         scales = self.trial.parallel, self.trial.violation
         q, k = (
             span_node(side, *scales, projection="cross", other=span)

@@ -23,7 +23,10 @@ def losses(e: Experiment, arm: str, store: Results) -> dict[int, float | None]:
     """Return an arm's losses on the reporting split, by the seeds that have been run."""
     if arm not in e.arms:
         raise LookupError(f"{e.name} has no arm {arm!r}")
-    found = {trial.seed: store.get(trial) for trial in e.comparison(arm, e.best(arm, store))}
+    rate = e.best(arm, store)
+    if rate is None:  # it has not been chosen yet
+        return {}
+    found = {trial.seed: store.get(trial) for trial in e.comparison(arm, rate)}
     return {seed: result["reporting"] for seed, result in found.items() if result is not None}
 
 
@@ -90,8 +93,8 @@ def missing(experiments: Sequence[Experiment], store: Results) -> str:
     for e in experiments:
         left = {arm: len(e.seeds_of(arm)) - len(losses(e, arm, store)) for arm in e.arms}
         total = sum(left.values())
-        if total == e.size():
-            lines.append(f"- {e.name}: nothing has been run ({total} runs).")
+        if total == sum(len(e.seeds_of(arm)) for arm in e.arms):
+            lines.append(f"- {e.name}: nothing has been compared ({e.size()} runs or so).")
         elif total:
             counts = sorted(set(left.values()) - {0}, reverse=True)
             by_count = {n: [arm for arm in left if left[arm] == n] for n in counts}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from harness.optimizers import build_optimizers, scheduled
 from harness.tasks import Task, build_task
 from harness.texts import Text
 from harness.trial import Trial
-from spanopt import SpanMonitor, SpanScale, SpanScaledOptimizer, SpanScheduler, find_attention
-from spanopt.schedules import linear
+from harness.wrapping import ByShare, scale_schedulers, wrap
+from spanopt import SpanMonitor
 
 __all__ = ["run_trial"]
 
@@ -54,6 +53,9 @@ def run_trial(trial: Trial, text: Text) -> dict[str, Any]:
     averaged = [optimizer for optimizer in optimizers if hasattr(optimizer, "eval")]
     for optimizer in averaged:
         optimizer.train()
+    by_share = None
+    if trial.by_share:
+        by_share = ByShare(stepped[0], trial.parallel)
     monitor = None
     if trial.monitored:
         monitor = SpanMonitor(stepped[0], every=max(1, trial.steps // MEASUREMENTS))
@@ -67,6 +69,8 @@ def run_trial(trial: Trial, text: Text) -> dict[str, Any]:
         loss = train_step(task, batch, stepped, trial)
         for scheduler in schedulers:
             scheduler.step()
+        if by_share is not None:
+            by_share.step()
         value = loss.item()
         seconds.append(time.perf_counter() - start)
         if not math.isfinite(value):
@@ -103,37 +107,6 @@ def train_step(task: Task, batch: Any, optimizers: list[Any], trial: Trial) -> T
     for optimizer in optimizers:
         optimizer.step()
     return loss.detach()
-
-
-def wrap(optimizer: torch.optim.Optimizer, model: nn.Module, trial: Trial) -> SpanScaledOptimizer:
-    """Wrap an optimizer as the trial says."""
-    pair, same = (trial.parallel, trial.violation), (1.0, 1.0)
-    scale = SpanScale(
-        query=pair if trial.side in ("both", "query") else same,
-        key=pair if trial.side in ("both", "key") else same,
-    )
-    names = [site.name for site in find_attention(model)]
-    chosen = {"all": names, "first": names[:1], "last": names[-1:]}[trial.where]
-    return SpanScaledOptimizer(
-        optimizer,
-        model,
-        scales={name: scale if name in chosen else None for name in names},
-        projection=random_subspace if trial.projection == "random" else trial.projection,
-        preserve_norm=trial.preserve_norm,
-    )
-
-
-def random_subspace(
-    grad: Tensor,
-    basis: Tensor,
-    other: Tensor,
-    *,
-    ridge: float | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Project onto a random subspace of the dimension that the span has, a new one each time."""
-    directions, _ = torch.linalg.qr(torch.randn_like(basis))
-    return directions @ (directions.mT @ grad)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer, trial: Trial) -> Any:
@@ -175,14 +148,6 @@ def raise_qk_rate(optimizer: torch.optim.Optimizer, model: nn.Module, trial: Tri
 
     optimizer.register_step_pre_hook(keep)
     optimizer.register_step_post_hook(multiply)
-
-
-def scale_schedulers(optimizer: SpanScaledOptimizer, trial: Trial) -> Iterable[SpanScheduler]:
-    """Return the scheduler of the scales, if they move."""
-    if trial.scale_schedule == "warm-up":
-        yield SpanScheduler(optimizer, linear(trial.steps // 3))
-    if trial.scale_schedule == "decay":
-        yield SpanScheduler(optimizer, lambda step: max(0.0, 1 - step / trial.steps))
 
 
 @torch.no_grad()

@@ -27,12 +27,14 @@ class Trial:
         path: Where the scaled gradient goes on to: ``"both"``, the ``"weights"`` of the query and
             key projections only, or their ``"inputs"`` only. The other gets the plain gradient.
         projection: A setup of ``spanopt.setups``; ``"random"``: a random subspace, a new one each
-            time; or ``"random-input"``: the span of a random projection of the layer's input, the
-            same projection throughout, where Q is a trained one.
+            time; ``"spectral"``: the span, each direction weighed by its singular value over the
+            largest one; or ``"random-input"``: the span of a random projection of the layer's
+            input, the same projection throughout, where Q is a trained one.
         preserve_norm: Whether each scaled gradient gets its norm back.
         monitored: Whether the gradients are measured, 30 times in the run; this changes nothing.
-        scale_schedule: ``"constant"``, ``"warm-up"`` (from the identity, over the first third) or
-            ``"decay"`` (to the identity, over the whole run).
+        scale_schedule: ``"constant"``, ``"warm-up"`` (from the identity, over the first third),
+            ``"decay"`` (to the identity, over the whole run), or ``"early-10"`` for the scales in
+            the first 10 per cent of the steps and the identity afterwards.
         clip: Norm to which the gradient is clipped; 0 for no clipping.
         lr_schedule: ``"cosine"`` (after a linear warm-up over a tenth of the steps) or
             ``"constant"``.
@@ -45,6 +47,10 @@ class Trial:
         layers: Transformer blocks.
         width: Their width, D.
         heads: Attention heads; d = width / heads.
+        ridge: Of the projection; ``None`` for the library's default.
+        by_share: Whether the parallel factor of each head is its measured parallel share over the
+            share of chance, between 1 and ``parallel``, measured every 25 steps.
+        separate: Whether Q, K and V have a matrix each, in place of one for all three.
     """
 
     seed: int = 0
@@ -70,6 +76,9 @@ class Trial:
     width: int = 64
     heads: int = 2
     qk_lr: float = 1.0
+    ridge: float | None = None
+    by_share: bool = False
+    separate: bool = False
 
     @property
     def scaled(self) -> bool:

@@ -19,6 +19,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import study  # noqa: E402
 from experiments.primary import CONFIRMATION, CONTROLS, PRIMARY  # noqa: E402
+from experiments.search import (  # noqa: E402
+    CANDIDATES,
+    CHOSEN,
+    SEARCH,
+    confirmation,
+    control_of,
+)
 from experiments.settings import MUON_CONFIRMATION, SETTINGS  # noqa: E402
 from harness.experiment import Experiment  # noqa: E402
 from harness.optimizers import OPTIMIZERS, build_optimizers  # noqa: E402
@@ -28,8 +35,9 @@ from harness.runner import run_experiments  # noqa: E402
 from harness.store import Store  # noqa: E402
 from harness.tasks import TASKS, build_task  # noqa: E402
 from harness.texts import Text  # noqa: E402
-from harness.training import raise_qk_rate, random_subspace, run_trial  # noqa: E402
+from harness.training import raise_qk_rate, run_trial  # noqa: E402
 from harness.trial import Trial  # noqa: E402
+from harness.wrapping import ByShare, random_subspace, spectral, wrap  # noqa: E402
 
 from spanopt import SpanScale  # noqa: E402
 from spanopt.compare.reading import in_words  # noqa: E402
@@ -276,7 +284,7 @@ def test_a_comparison_that_is_not_complete_is_reported_as_far_as_it_is():
 def test_what_has_not_been_run_at_all_is_named():
     e, _ = fixed_rates()
     report = Report({"rates": [e]}, Losses(lambda trial: 1.0))
-    assert "- tiny: nothing has been run (30 runs)." in report.page("[[missing rates]]")
+    assert "- tiny: nothing has been compared (30 runs or so)." in report.page("[[missing rates]]")
     with pytest.raises(ValueError, match="has not been run"):
         report.page("[[so-far tiny | (2, 1)]]")
 
@@ -306,6 +314,55 @@ def test_the_random_subspace_is_a_projection_of_the_spans_dimension():
     eye = torch.eye(40).expand(2, 3, 40, 40)
     torch.manual_seed(0)
     assert random_subspace(eye, basis, basis).diagonal(dim1=-2, dim2=-1).sum(-1).round().eq(8).all()
+
+
+def test_spectral_weights_shrink_the_directions_of_the_span():
+    directions, _ = torch.linalg.qr(torch.randn(2, 40, 3))
+    basis = directions * torch.tensor([4.0, 2.0, 1.0])
+    parts = spectral(directions, basis, basis)
+    torch.testing.assert_close(parts, directions * torch.tensor([1.0, 0.5, 0.25]))
+    assert spectral(directions, torch.zeros_like(basis), basis).count_nonzero() == 0
+
+
+def test_the_scales_of_the_first_steps_end_there():
+    base = replace(TINY, steps=8, parallel=8.0, violation=8.0)
+    curves = {
+        kind: run_trial(replace(base, scale_schedule=kind), TEXT)["curve"]
+        for kind in ("constant", "early-50", "early-100")
+    }
+    assert curves["early-100"] == curves["constant"]
+    assert curves["early-50"][:4] == curves["constant"][:4]
+    assert curves["early-50"][5:] != curves["constant"][5:]
+
+
+def test_factors_follow_the_measured_share():
+    task = build_task(replace(TINY, length=32), TEXT)
+    sgd = torch.optim.SGD(task.model.parameters(), lr=0.0)
+    optimizer = wrap(sgd, task.model, replace(TINY, parallel=3.0))
+    by_share = ByShare(optimizer, most=3.0, every=1)
+    task.loss(task.model, task.batch(np.random.default_rng(0))).backward()
+    optimizer.step()
+    rows = [*by_share.monitor.rows]
+    by_share.step()
+    (group,) = optimizer.span_groups
+    for side in ("query", "key"):
+        shares = [r["parallel_share"] / r["chance_share"] for r in rows if r["side"] == side]
+        assert group[side] == (tuple(min(max(x, 1.0), 3.0) for x in shares), 1.0)
+    by_share.monitor.close()
+
+
+def test_separate_matrices_attend_as_one_does():
+    separate, together = (
+        build_task(replace(TINY, separate=separate), TEXT).model for separate in (True, False)
+    )
+    weights = separate.state_dict()
+    for kind in ("weight", "bias"):
+        name = "blocks.0.attention."
+        parts = [weights.pop(f"{name}{side}.{kind}") for side in "qkv"]
+        weights[f"{name}qkv.{kind}"] = torch.cat(parts)
+    together.load_state_dict(weights)
+    tokens = torch.randint(0, 5, (2, 16))
+    torch.testing.assert_close(separate(tokens), together(tokens))
 
 
 def test_the_span_of_a_random_projection_of_the_input_is_a_control():
@@ -514,6 +571,21 @@ def test_wrong_arguments_are_one_line(arguments, message, tmp_path, capsys):
         status = error.code
     assert status == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_the_search_chose_is_what_its_rule_chooses():
+    first, report = SEARCH[0], Report({"search": SEARCH}, Store(study.RESULTS))
+    if first.pending(report.store):
+        assert CHOSEN == ()
+    else:
+        means = {arm: report.change(first, arm).mean for arm in first.arms}
+        ahead = [arm for arm in CANDIDATES if means[arm] < min(0, means[control_of(arm)])]
+        assert [*CHOSEN] == ahead
+    confirmed = confirmation(("(1.2, 1)", "(2, 1), spectral"))
+    assert [*confirmed.arms] == [
+        *("plain", "(1.2, 1)", "uniform (1.2, 1.2)", "(2, 1), spectral", "uniform (2, 2)")
+    ]
+    assert not {*confirmed.seeds, *confirmed.tuning_seeds} & {*first.seeds, *first.tuning_seeds}
 
 
 def test_every_experiment_is_well_formed():
