@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spanopt.compare.arms import PLAIN
 from spanopt.compare.design import Design
@@ -12,6 +12,9 @@ from spanopt.compare.drawing import aligned, forest, save
 from spanopt.compare.reading import Reader
 from spanopt.compare.statistics import Change
 from spanopt.compare.store import Store
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Comparison"]
 
@@ -103,11 +106,17 @@ class Comparison:
     def __str__(self) -> str:
         return "\n".join([self.table(), "", *self.readings])
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, path: str | Path | None = None) -> Figure:
         """Draw the change of each arm with its interval.
 
         Args:
-            path: The file to write: its ending says which kind, such as ``.png`` or ``.svg``.
+            path: Where to save the picture, in the format that its suffix says; by default nowhere.
+
+        Returns:
+            The ``matplotlib.figure.Figure``.
+
+        Raises:
+            ValueError: No arm has two pairs of results.
         """
         better = "above" if self._design.larger_is_better else "below"
         label = (
@@ -119,4 +128,6 @@ class Comparison:
         if not shown:
             raise ValueError("no arm has two pairs of results, so there is nothing to draw")
         figure = forest(shown, label, larger_is_better=self._design.larger_is_better)
-        save(figure, Path(path))
+        if path is not None:
+            save(figure, Path(path))
+        return figure

@@ -154,7 +154,8 @@ def test_unit_scales_give_both_arms_the_same_losses_bit_for_bit(text, tmp_path):
 
 @pytest.mark.parametrize("name", ["yogi", "torch_optimizer.RAdam", "Adahessian", "lbfgs"])
 def test_other_optimizers_train_by_name(text, tmp_path, name):
-    options = ("--optimizer", name, "--lr", "0.05", "--seeds", "1")
+    lr = "0.005" if name == "lbfgs" else "0.05"  # a higher one lets LBFGS diverge on some machines
+    options = ("--optimizer", name, "--lr", lr, "--seeds", "1")
     assert run_here(text, tmp_path / "out", *options) == 0
     results = results_of(tmp_path / "out")
     row = results["seeds"][0]
