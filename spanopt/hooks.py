@@ -102,6 +102,7 @@ class SpanHooks(ScaledLayers):
         for tap in (*taps, *shields):
             self._placement.put(tap)
         self._placement.note_masks(taps)
+        self._placement.watch_weights(taps)
         self.groups += groups
         self._groups += groups
         self.sites += [layer.site for layer in layers]

@@ -14,6 +14,7 @@ from spanopt.taps.account import projection_of
 from spanopt.taps.module_hooks import Enter, Leave, NoteMasks, Output, Projected, drop_inert
 from spanopt.taps.outputs import ProjectionTap
 from spanopt.taps.tap import Tap
+from spanopt.taps.weights import OwnWeights
 
 __all__ = ["Placement"]
 
@@ -81,6 +82,28 @@ class Placement:
                 self._handles[None].append(hook)
             for tap in around[name]:
                 tap.noted = (*tap.noted, note)
+
+    def watch_weights(self, taps: Sequence[Tap]) -> None:
+        """Have a use of the layers past their hooks noticed by the gradients of their weights."""
+        placed = [tap for tap in self._handles if tap is not None]
+        hooked = {module for tap in placed for module in tap.site.module.modules()}
+        modules = () if self._root is None else self._root.modules()
+        # What unhooked modules have too is used past the hooks rightly.
+        elsewhere = {
+            parameter
+            for module in modules
+            if module not in hooked
+            for parameter in module.parameters(recurse=False)
+        }
+        for tap in taps:
+            inside = set(tap.site.module.modules()) - {tap.site.module}
+            apart = [other.site.module for other in placed if other.site.module in inside]
+            others = elsewhere.union(*(module.parameters() for module in apart))
+            own = [p for p in tap.site.query_key_parameters() if p not in others]
+            needed = projection_of(tap.site.module, tap.site.query_key_parameters()) is None
+            tap.weights = OwnWeights(tap.account, own, needed)
+            tap.weights.watch()
+            self._handles[tap].append(tap.weights)
 
     def take_off(self, tap: Tap | None) -> None:
         """Take a tap off its layer, or what is on the whole model off that; once."""

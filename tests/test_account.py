@@ -21,6 +21,14 @@ class Packed(nn.MultiheadAttention):
         return super().forward(x, x, x, need_weights=False)[0]
 
 
+class PackedWithWeights(nn.MultiheadAttention):
+    def __init__(self):
+        super().__init__(16, 4, batch_first=True, kdim=16, vdim=16)
+
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
+
 class ByHand(ScoreAttention):
     def forward(self, x):
         q, k, v = self.project(x)
@@ -60,7 +68,42 @@ class Either(ScoreAttention):
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
 
+class OwnWeight(nn.Module):
+    """Projects with a parameter of its own, where no module's call shows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Parameter(torch.randn(48, 16) / 4)
+
+    def forward(self, x):
+        q, k, v = F.linear(x, self.qkv).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        return self.attend(q, k, v).transpose(1, 2).flatten(-2)
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class OwnWeightByHand(OwnWeight):
+    def attend(self, q, k, v):
+        return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+class UsesWeight(ScoreAttention):
+    """Has modules that project, and uses their weights without calling them."""
+
+    def project(self, x, context=None):
+        projections = self.q_proj, self.k_proj, self.v_proj
+        return (F.linear(x, p.weight).unflatten(-1, (4, -1)).transpose(1, 2) for p in projections)
+
+
 LAYERS = {"score": ScoreAttention, "packed": Packed, "softmax": ByHand}
+WITHOUT_CALLS = {
+    "packed": Packed,
+    "weights": PackedWithWeights,
+    "own": OwnWeight,
+    "own by hand": OwnWeightByHand,
+    "used": UsesWeight,
+}
 
 
 def wrapped(*layers, **options):
@@ -120,6 +163,125 @@ def test_a_direct_forward_beside_a_call_is_an_error(layer, mode):
     run = compiled(model[0]) if mode == "compiled" else model[0]
     with refused(optimizer, "0.attn", "directly"):
         run(batch(), direct=True).sum().backward()
+
+
+def name_of(value):
+    return value.__name__
+
+
+def directly(layer):
+    return layer.forward
+
+
+def checkpointed(layer):
+    return lambda x: checkpoint(layer.forward, x, use_reentrant=False)
+
+
+def reentrant(layer):
+    return lambda x: checkpoint(layer.forward, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("layer", {**LAYERS, **WITHOUT_CALLS}.values(), ids=name_of)
+@pytest.mark.parametrize("second", [directly, checkpointed, reentrant])
+@pytest.mark.parametrize("order", ["before", "after", "in another graph"])
+def test_a_second_use_past_the_hooks_is_an_error(layer, second, order):
+    model, optimizer = wrapped(layer())
+    with refused(optimizer, "0", "directly"):
+        if order == "before":
+            model(second(model[0])(batch().requires_grad_())).sum().backward()
+        elif order == "after":
+            second(model[0])(model(batch())).pow(2).sum().backward()
+        else:
+            second(model[0])(batch().requires_grad_()).pow(2).sum().backward()
+            model(batch()).pow(2).sum().backward()
+
+
+@pytest.mark.parametrize("layer", {**LAYERS, **WITHOUT_CALLS}.values(), ids=name_of)
+def test_other_gradients_of_the_weights_are_no_use_past_the_hooks(layer):
+    """Penalties, in the loss and apart, and hooks of others on the same parameters."""
+    model, optimizer = wrapped(layer(), nn.Linear(16, 16))
+    for parameter in model.parameters():
+        parameter.register_hook(lambda grad: grad * 2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        penalty = sum(p.pow(2).sum() for p in model.parameters())
+        (model(batch()).softmax(-1).pow(2).sum() + penalty).backward()
+        sum(
+            (p @ p.mT).softmax(-1).square().sum() for p in model.parameters() if p.ndim > 1
+        ).backward()
+        sum(p.abs().sum() for p in model.parameters()).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("layer", {**LAYERS, **WITHOUT_CALLS}.values(), ids=name_of)
+def test_several_calls_checkpoints_and_another_model_are_no_use_past_the_hooks(layer):
+    model, optimizer = wrapped(layer())
+    teacher = layer()
+    for step in range(2):
+        optimizer.zero_grad()
+        x = model[0](model[0](batch()))
+        x = checkpoint(model[0], x, use_reentrant=True)
+        x = checkpoint(model, x, use_reentrant=False)
+        if step:
+            x = model[0](teacher.forward(model[0](x)))
+        x.pow(2).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("layer", WITHOUT_CALLS.values(), ids=name_of)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_tied_weights_are_no_use_past_the_hooks(layer, scaled):
+    model = nn.Sequential(layer(), layer())
+    for module, other in zip(model[0].modules(), model[1].modules(), strict=True):
+        module._parameters.update(other._parameters)
+    optimizer = SpanScaledOptimizer(
+        SGD(model.parameters(), lr=0.01),
+        model,
+        {"0": (2.0, 0.5), "1": (2.0, 0.5) if scaled else None},
+    )
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(batch()).pow(2).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("layer", {**LAYERS, **WITHOUT_CALLS}.values(), ids=name_of)
+def test_calls_at_scales_that_change_nothing_are_no_use_past_the_hooks(layer):
+    model, optimizer = wrapped(layer())
+    for factor in (1.0, 2.0, 1.0):
+        for group in optimizer.span_groups:
+            group.update(parallel=factor, violation=1.0)
+        model(batch()).pow(2).sum().backward()
+    optimizer.step()
+    for group in optimizer.span_groups:
+        group.update(query=(1.0, 1.0), key=(2.0, 1.0))
+    optimizer.zero_grad()
+    model(batch()).pow(2).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("layer", WITHOUT_CALLS.values(), ids=name_of)
+@pytest.mark.parametrize("part", ["all", "first"])
+def test_weights_that_are_frozen_for_a_while_train(layer, part):
+    model, optimizer = wrapped(nn.Linear(16, 16), layer())
+    frozen = [*model[1].parameters()][: None if part == "all" else 1]
+    for requires_grad in (True, False, True):
+        for parameter in frozen:
+            parameter.requires_grad_(requires_grad)
+        optimizer.zero_grad()
+        for _ in range(2):
+            model(batch()).pow(2).sum().backward()
+        optimizer.step()
+    with refused(optimizer, "1", "directly"):
+        model[1].forward(model(batch())).pow(2).sum().backward()
+
+
+def test_nothing_is_left_on_parameters_when_the_hooks_go():
+    model, optimizer = wrapped(Packed(), OwnWeight())
+    model(batch()).sum().backward()
+    optimizer.step()
+    optimizer.detach()
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ class Account:
         missed: A backward pass went through a call in which no attention was seen.
         direct: A backward pass went through the layer's forward, which was called directly.
         around: The layer got gradients, and no backward pass went through the calls that wait.
+        unsure: Attention was seen that needs no node, as it does where all scales are 1. In the
+            autograd graph it looks like attention past the hooks.
     """
 
     seen: bool = False
@@ -33,6 +35,7 @@ class Account:
     missed: bool = False
     direct: bool = False
     around: bool = False
+    unsure: bool = False
 
     def is_complete(self) -> bool:
         """Return whether attention was seen, and nothing is known to have gone past the hooks."""

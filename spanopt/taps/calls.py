@@ -33,6 +33,7 @@ class Call:
         at: The place in that frame's code, see :func:`~spanopt.taps.running.calling_frame`.
         given: The real tokens of queries and keys, as :func:`spanopt.token_mask` gives them.
         seen: Attention was seen, with gradients on.
+        projected: The module ran that tells a direct call of the layer's forward.
         streams: Which tensors were computed from which of the layer's inputs.
         scores: What the softmax tap knows of tensors.
         trail: Where these tensors are in the autograd graph.
@@ -50,6 +51,7 @@ class Call:
             self.frame, self.at = calling_frame()
         self.given = given
         self.seen = False
+        self.projected = False
         self.streams = Streams(arguments)
         self.scores: Notes[Any] = Notes()
         self.trail = Trail()

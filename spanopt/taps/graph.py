@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from spanopt.traits import scripts_of
 
-__all__ = ["Trail", "is_elementwise"]
+__all__ = ["PRODUCTS", "Trail", "is_elementwise", "operation"]
 
 # Functions of one tensor, or of one and a number, by their names in autograd and in TorchScript.
 # Sums are not among them: what is added may be a mask.
 _ELEMENTWISE = {"mul", "div", "tanh", "neg", "clamp", "abs", "relu", "pow", "sqrt", "sigmoid"}
-_PRODUCTS = {"mm", "bmm", "addmm", "addbmm", "baddbmm", "mv", "dot", "convolution", "linear"}
+PRODUCTS = {"mm", "bmm", "addmm", "addbmm", "baddbmm", "mv", "dot", "convolution", "linear"}
 _SCRIPTED = "DifferentiableGraphBackward"
 _scripts_are_elementwise: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -79,7 +79,7 @@ class Trail:
         first = min(self._known)
         pending, visited = [x.grad_fn], set()
         for node in pending:
-            if node is None or (directly and _operation(node.name()) in _PRODUCTS):
+            if node is None or (directly and operation(node.name()) in PRODUCTS):
                 continue
             for before, _ in node.next_functions:
                 number = -1 if before is None else before._sequence_nr()
@@ -89,11 +89,11 @@ class Trail:
                 if number not in self._known:
                     pending.append(before)
                 elif self._known[number][0].products:
-                    return _operation(node.name())
+                    return operation(node.name())
         return None
 
 
-def _operation(name: str) -> str:
+def operation(name: str) -> str:
     """Return ``masked_fill`` for ``MaskedFillBackward0``, and the names of other nodes."""
     if name.endswith(_SCRIPTED):
         return "a torch.jit.script function"
@@ -115,7 +115,7 @@ def _runs_elementwise_scripts(layer: nn.Module) -> bool:
 
 def _is_elementwise_node(name: str) -> bool:
     # A user's autograd.Function named Tanh has no number.
-    return re.fullmatch(r"\w+Backward\d+", name) is not None and _operation(name) in _ELEMENTWISE
+    return re.fullmatch(r"\w+Backward\d+", name) is not None and operation(name) in _ELEMENTWISE
 
 
 def is_elementwise(graph: Any) -> bool:

@@ -66,6 +66,8 @@ def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any
     same = query is key or (query.shape == key.shape and tap.is_self_attention(query, key))
     queries, keys = _real_tokens(tap, bound, same)
     keys = appended(keys, (bound["bias_k"] is not None) + bool(bound["add_zero_attn"]))
+    if not torch.compiler.is_compiling():
+        args, kwargs = tap.weights.stand_in(args, kwargs)
     # Only tensors, numbers and text pass through what torch.compile does not trace.
     of_sides = (tap.query.pack(), tuple(queries)), (tap.key.pack(), tuple(keys))
     if tap.checkpoints:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.checkpoint import __file__ as _CHECKPOINT_FILE
@@ -20,10 +21,13 @@ __all__ = [
     "is_over",
     "is_own",
     "place_in",
+    "roots_of_backward",
     "traced_place_in",
 ]
 
 _CALL: CodeType = nn.Module._call_impl.__code__
+# The functions that run a backward pass, and what they call the tensors that it begins at.
+_ROOTS = {torch.autograd.backward.__code__: "tensors", torch.autograd.grad.__code__: "outputs"}
 
 
 class Place(NamedTuple):
@@ -132,6 +136,32 @@ def calls_forward_directly(module: nn.Module, *, traced: bool = False) -> bool:
         # Compiled by itself, the forward may be run by calls of the module too.
         return all(owner is not module for _, owner, _ in _traced(_translators()[-1]))
     return forward
+
+
+def roots_of_backward() -> list[Any]:
+    """Return the nodes of the autograd graph that the current backward pass begins at.
+
+    Where autograd has threads of its own for a device, those are the nodes of all backward passes
+    that other threads are in.
+    """
+    own = _roots_in(sys._getframe(1))
+    if own is not None:
+        return own
+    others = [_roots_in(frame) or [] for frame in sys._current_frames().values()]
+    return [node for nodes in others for node in nodes]
+
+
+def _roots_in(frame: FrameType | None) -> list[Any] | None:
+    """Return the nodes that the innermost backward pass of one thread begins at."""
+    while frame is not None:
+        name = _ROOTS.get(frame.f_code)
+        if name is not None:
+            given = frame.f_locals[name]
+            tensors = given if isinstance(given, (tuple, list)) else [given]
+            nodes = [getattr(x, "grad_fn", None) or getattr(x, "node", None) for x in tensors]
+            return [node for node in nodes if node is not None]
+        frame = frame.f_back
+    return None
 
 
 def is_checkpointed() -> bool:

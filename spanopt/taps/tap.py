@@ -42,6 +42,7 @@ from spanopt.taps.stack import (
 )
 from spanopt.taps.streams import Streams
 from spanopt.taps.watcher import Watcher
+from spanopt.taps.weights import OwnWeights
 
 __all__ = ["Handler", "Tap"]
 
@@ -60,6 +61,8 @@ class Tap(TorchFunctionMode):
             scales: a backward pass under way keeps what its forward pass had.
         key: How those of the key side are.
         account: What came of the layer's calls; the optimizer clears it after each step.
+        weights: The weights by which a use past the hooks is noticed; none before
+            :meth:`spanopt.placement.Placement.watch_weights`.
         entered: Set when the layer has run while taps watched.
         called: Set when any attention call was made.
         multiplied: Set in a call when activations were multiplied as queries and keys may be.
@@ -88,6 +91,7 @@ class Tap(TorchFunctionMode):
         self.unique_name = f"tap {next(_numbers)}"
         self.rescaling = rescaling
         self.account = Account()
+        self.weights = OwnWeights(self.account, [])
         self.entered = False
         self.called = False
         self.multiplied = False
@@ -175,6 +179,7 @@ class Tap(TorchFunctionMode):
     def forget_tokens(self) -> None:
         """Forget the tokens of past forward passes, as after an optimizer step."""
         self._repeats.forget()
+        self.weights.forget()
         for noted in self.noted:
             noted.masks = []
         if self.deferred:
@@ -410,8 +415,15 @@ class Tap(TorchFunctionMode):
             parameters = list(self.site.query_key_parameters())
             if nodes and may_train(nodes, call.streams.input_nodes(), parameters):
                 self.account.report(result, "missed")
-        elif not self.is_idle() and self.account.report(result, "passed"):
-            self.account.waiting = True
+        elif self.is_idle():
+            self.account.unsure = True
+        else:
+            if call.projected:
+                self.weights.let_go()
+            else:
+                self.weights.note_call(nodes_of(result) or [], call.streams.input_nodes())
+            if self.account.report(result, "passed"):
+                self.account.waiting = True
 
     def note_projected(self, result: Any) -> None:
         """Note what a module of the layer returned, which may run outside of the layer's calls.
@@ -424,10 +436,9 @@ class Tap(TorchFunctionMode):
                 self.account.direct = True
             return
         call = self.current_call()
-        inside = call is not None and not call.is_over()
-        if inside or self.removed or torch._C._current_graph_task_id() != -1:
-            return
-        if calls_forward_directly(self.site.module):
+        if call is not None and not call.is_over():
+            call.projected = True
+        elif not self.removed and calls_forward_directly(self.site.module):
             self.account.report(result, "direct")
 
     def is_attention(self) -> bool:

@@ -38,6 +38,15 @@ class Manual(ScoreAttention):
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
 
+class Own(ScoreAttention):
+    """The same, which uses the weights of its modules and does not call them."""
+
+    def project(self, x, context=None):
+        modules = self.q_proj, self.k_proj, self.v_proj
+        linear = nn.functional.linear
+        return [linear(x, m.weight, m.bias).unflatten(-1, (4, -1)).transpose(1, 2) for m in modules]
+
+
 class Packed(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` of one input."""
 
@@ -53,7 +62,7 @@ class Packed(nn.MultiheadAttention):
         return self.out_proj(attention(q, k, v, query, key).transpose(1, 2).flatten(-2))
 
 
-LAYERS = {"score": ScoreAttention, "softmax": Manual, "packed": Packed}
+LAYERS = {"score": ScoreAttention, "softmax": Manual, "packed": Packed, "own": Own}
 # Ways that spanopt says it scales, and ways of which it may say that it does not.
 PROMISED = ("call", "checkpoint", "no_grad", "interrupted", "dropped")
 OTHER = ("forward", "reentrant", "checkpoint of forward", "reentrant of forward")
@@ -109,7 +118,8 @@ def gradients(model, x, program, **options):
 
 # Five times as many as of other cases: 10,000 in a long run.
 MANY = settings(max_examples=5 * settings.default.max_examples)
-PROGRAMS = st.lists(st.tuples(st.integers(0, 1), st.sampled_from(PROMISED)), min_size=1, max_size=5)
+WAYS = st.sampled_from(PROMISED + OTHER)
+PROGRAMS = st.lists(st.tuples(st.integers(0, 1), WAYS), min_size=1, max_size=5)
 
 
 @MANY

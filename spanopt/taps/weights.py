@@ -1,0 +1,163 @@
+"""Noticing a use of a layer past the hooks by the gradients that come to its own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spanopt.taps.account import Account
+from spanopt.taps.running import roots_of_backward
+from spanopt.taps.unseen import SEEN, unscaled_weights
+
+__all__ = ["OwnWeights"]
+
+
+class OwnWeights:
+    """The weights that make a layer's Q and K, where no module's call shows that they are used.
+
+    A hook on one of them is called when a backward pass has its gradient. If that did not all come
+    from calls that were seen, the graph of the backward pass is searched for attention over these
+    weights that no node is on. Attention in compiled code and in kernels is not found there.
+
+    Args:
+        account: Where a use past the hooks is noted.
+        parameters: The weights, which no other layer has.
+        needed: Whether no module's call is known to show that they are used. If one is, they are
+            watched for the first step only, unless :meth:`note_call` tells otherwise.
+    """
+
+    def __init__(
+        self, account: Account, parameters: Sequence[nn.Parameter], needed: bool = False
+    ) -> None:
+        self._account = account
+        # Matrices first: a bias may be there and not be used.
+        self._parameters = sorted(parameters, key=lambda parameter: parameter.ndim < 2)
+        self._needed = needed
+        self._watched: nn.Parameter | None = None
+        self._handle: Any = None
+        self._alias: tuple[Tensor, int, int] | None = None
+        self._aliased = False
+        self._delivered: dict[int, Tensor] = {}
+
+    def watch(self) -> nn.Parameter | None:
+        """Put the hook on the first weight that is trained, and return it."""
+        if self._watched is not None and self._watched.requires_grad:
+            return self._watched
+        trained = (p for p in self._parameters if p.requires_grad and p.is_leaf)
+        weight = next(trained, None)
+        if weight is not None:
+            self.remove()
+            self._watched, self._handle = weight, weight.register_hook(_Arrival(self))
+        return weight
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._watched = self._handle = None
+
+    def let_go(self) -> None:
+        """Take the hook off, unless only the weights tell that the layer is used."""
+        if not self._needed:
+            self.remove()
+
+    def forget(self) -> None:
+        """Forget what came from calls that were seen, as after an optimizer step."""
+        self._alias = None
+        self._delivered.clear()
+        self.let_go()
+
+    def stand_in(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of an attention call, with a view in place of the watched weight.
+
+        What comes to the weight by way of the view comes from a call that was seen.
+        """
+        weight = self.watch()
+        if weight is None or not torch.is_grad_enabled():
+            return args, kwargs
+        if not any(x is weight for x in (*args, *kwargs.values())):
+            return args, kwargs
+        alias = self._view_of(weight)
+        self._aliased = True
+        return (
+            tuple(alias if x is weight else x for x in args),
+            {name: alias if x is weight else x for name, x in kwargs.items()},
+        )
+
+    def _view_of(self, weight: nn.Parameter) -> Tensor:
+        """Return a view for all calls until the weight changes: one node has all their gradient."""
+        state = weight._version, weight.data_ptr()
+        if self._alias is None or self._alias[1:] != state:
+            alias = weight.view_as(weight)
+            node: Any = alias.grad_fn
+            node.metadata[SEEN] = True
+            node.register_hook(_Delivery(self._delivered))
+            self._alias = alias, *state
+        return self._alias[0]
+
+    def note_call(self, nodes: Sequence[Any], inputs: Sequence[Any]) -> None:
+        """Note a call of the layer in which attention was seen.
+
+        Args:
+            nodes: The nodes in the autograd graph of what it returned.
+            inputs: Those of its inputs.
+        """
+        self._needed = True
+        self.watch()
+        if not self._aliased and self._is_among(unscaled_weights(nodes, inputs)):
+            self._account.unsure = True  # a call past the hooks would look the same
+        self._aliased = False
+
+    def _is_among(self, weights: frozenset[int]) -> bool:
+        return any(id(parameter) in weights for parameter in self._parameters)
+
+    def arrived(self, gradient: Tensor) -> None:
+        """Note the gradient that a backward pass has for the watched weight."""
+        if torch.compiler.is_compiling():
+            return
+        task = torch._C._current_graph_task_id()
+        if self._delivered.pop(task, None) is gradient:
+            return
+        account = self._account
+        if not (account.direct or account.unsure) and self._is_among(_unscaled_in(task)):
+            account.direct = True
+
+
+class _Arrival:
+    """A hook on a parameter; it is not copied or pickled with the parameter."""
+
+    __torch_unserializable__ = True
+
+    def __init__(self, weights: OwnWeights) -> None:
+        self.weights = weights
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.weights.arrived(gradient)
+
+
+class _Delivery:
+    """A hook on the node of a stand-in: keeps its gradient until that has come to the weight."""
+
+    def __init__(self, delivered: dict[int, Tensor]) -> None:
+        self.delivered = delivered
+
+    def __call__(self, inputs: tuple[Tensor | None, ...], outputs: Any) -> None:
+        if inputs[0] is not None:
+            self.delivered[torch._C._current_graph_task_id()] = inputs[0]
+
+
+_last: tuple[int, frozenset[int]] = -1, frozenset()
+
+
+def _unscaled_in(task: int) -> frozenset[int]:
+    """Return the weights of unscaled attention in the graph of a backward pass, searched once."""
+    global _last
+    last = _last
+    if last[0] != task:
+        last = _last = task, unscaled_weights(roots_of_backward())
+    return last[1]
