@@ -94,8 +94,10 @@ def _may_be_unscaled(node: Any, products: list[Any]) -> bool:
 
 
 def _is_ours(node: Any) -> bool:
+    """Return whether a node is one of the library, or of compiled code, which may hold one."""
     function = getattr(type(node), "_forward_cls", None)
-    return (getattr(function, "__module__", None) or "").startswith("spanopt.")
+    module = getattr(function, "__module__", None) or ""
+    return module.startswith(("spanopt.", "torch._functorch.", "torch._dynamo."))
 
 
 def _weights(product: Any) -> Iterator[Any]:
