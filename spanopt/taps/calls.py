@@ -33,6 +33,7 @@ class Call:
         at: The place in that frame's code, see :func:`~spanopt.taps.running.calling_frame`.
         given: The real tokens of queries and keys, as :func:`spanopt.token_mask` gives them.
         seen: Attention was seen, with gradients on.
+        unmeasured: Nobody is told of the rest of the call, as its masks are unclear.
         projected: The module ran that tells a direct call of the layer's forward.
         streams: Which tensors were computed from which of the layer's inputs.
         scores: What the softmax tap knows of tensors.
@@ -51,6 +52,7 @@ class Call:
             self.frame, self.at = calling_frame()
         self.given = given
         self.seen = False
+        self.unmeasured = False
         self.projected = False
         self.streams = Streams(arguments)
         self.scores: Notes[Any] = Notes()

@@ -144,7 +144,10 @@ class Tap(TorchFunctionMode):
         In compiled code it is nobody, as no Python is left there that could tell. There the
         attribute is not read, so that nothing is compiled anew when somebody comes or goes.
         """
-        return None if torch.compiler.is_compiling() else self.watcher
+        if torch.compiler.is_compiling() or self.watcher is None:
+            return None
+        call = self.current_call()
+        return None if call is not None and call.unmeasured else self.watcher
 
     def enter(self, arguments: Any = ()) -> None:
         """Start watching this thread's calls.
@@ -336,7 +339,8 @@ class Tap(TorchFunctionMode):
         if verdict is None:
             return None
         if not self.query.projects() and not self.key.projects():
-            return verdict  # it is only measured
+            self._leave_unmeasured(verdict)
+            return verdict
         if can_be_read(verdict.refused):
             if bool(verdict.refused):
                 raise unclear_mask([self.site.name], verdict.keys, verdict.queries)
@@ -351,6 +355,17 @@ class Tap(TorchFunctionMode):
         self.unclear.add_(refused)
         self.deferred = True
         return verdict
+
+    def _leave_unmeasured(self, verdict: Verdict) -> None:
+        """Have nothing measured in a layer that is only measured, if its masks are unclear."""
+        call, watcher, refused = self.current_call(), self.watching(), verdict.refused
+        if call is None or watcher is None or type(refused) is not Tensor or refused.is_meta:
+            return
+        if bool(refused):
+            call.unmeasured = True
+            reason = str(unclear_mask([self.site.name], verdict.keys, verdict.queries))
+            for side in ("query", "key"):
+                watcher.failed(self.site.name, side, reason)
 
     def given(self) -> GivenTokens:
         """Return the tokens of queries and keys that :func:`spanopt.token_mask` gives.

@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from spanopt import SpanScale, SpanScaledOptimizer, attach, token_mask
+from spanopt import SpanMonitor, SpanScale, SpanScaledOptimizer, attach, token_mask
 from spanopt.taps import masks as rule
 from spanopt.taps import once, tap
 
@@ -232,6 +232,33 @@ def test_each_mask_is_right_or_refused(case, kind, form):
             assert_close(actual, expected)
     size = max(value.abs().max() for value in expected.values())
     assert max((wrong[name] - expected[name]).abs().max() for name in expected) > 1e-3 * size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", ["every fourth", "one sequence", "right"])
+def test_what_is_only_measured_is_not_measured_under_an_unclear_mask(case, kind):
+    (allowed, real), told, _ = CASES[case]
+    x, sees = inputs(CASES[case].sample)
+    model = Model(KINDS[kind]()).double()
+    sgd = SGD(model.parameters(), lr=0.0)
+    optimizer = SpanScaledOptimizer(sgd, model, {"*": SpanScale(1.0, 1.0)})
+    with SpanMonitor(optimizer, every=1) as monitor:
+        of(model, model(x, added(allowed)), sees)
+        optimizer.step()
+        with token_mask(real):
+            of(model, model(x, added(allowed)), sees)
+        optimizer.step()
+    measured = [row for row in monitor.rows if row["step"] == 1 or told]
+    assert len(measured) == (4 * HEADS if told else 2 * HEADS)
+    for row in measured:
+        assert row["problem"] is None
+        assert row["parallel_share"] is not None
+    unmeasured = [row for row in monitor.rows if row not in measured]
+    assert [row["side"] for row in unmeasured] == ([] if told else ["query", "key"])
+    for row in unmeasured:
+        assert row["parallel_share"] is row["entropy"] is row["head"] is None
+        assert "layer 'attn': the attention mask closes keys" in row["problem"]
+        assert "token_mask" in row["problem"]
 
 
 # Where values can't be read at once: in compiled code and on accelerators.
