@@ -26,7 +26,7 @@ FLOORS = """
     checkpoint arrivals proxy
     installing
     hooks renaming
-    scaled_layers
+    scaled_layers focus
     unscaled placement probing
     plan table tokens
     taps
@@ -110,7 +110,9 @@ def test_imports_go_down(name):
         assert here == there or FLOOR[here] < FLOOR[there], f"{name} imports {other}"
 
 
-@pytest.mark.parametrize("package", ["compare", "integrations", "mathematics", "setups", "taps"])
+@pytest.mark.parametrize(
+    "package", ["compare", "focus", "integrations", "mathematics", "setups", "taps"]
+)
 def test_within_a_package_no_imports_go_round(package):
     inside = {name: own_imports(name) for name in MODULES if floor_of(name) == package}
     done = set()

@@ -70,6 +70,8 @@ def register(
     def handle(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         if not tap.is_live():
             return func(*args, **kwargs)
+        if tap.focus is not None:
+            raise tap.focus.unseen(tap.site, f"calls {named}, which can't be seen into")
         tensors: list[Tensor] = [kwargs[at] if at in kwargs else args[i] for at, i in places]
         for x in tensors:
             if x.ndim != 4:

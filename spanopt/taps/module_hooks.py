@@ -44,7 +44,9 @@ class Enter(Hook):
                 f"layer {self.tap.site.name!r} is hooked by spanopt, which an exported program "
                 "would silently lose: detach() the optimizer or remove() the hooks first"
             )
-        if torch.is_grad_enabled() or thread.probing:
+        focus = self.tap.focus
+        acts = focus is not None and focus.acts(self.tap, args, kwargs)
+        if torch.is_grad_enabled() or thread.probing or acts:
             self.tap.enter((args, kwargs))
         elif not torch.compiler.is_compiling():
             self.tap.pass_by()
@@ -59,7 +61,9 @@ class Leave(Hook):
             self.tap.note_result(result)
         # Eagerly whatever the grad mode is by now, and whether or not the tap was entered: another
         # pre-hook, put before ours, may have raised an exception.
-        if torch.is_grad_enabled() or thread.probing or not torch.compiler.is_compiling():
+        focused = self.tap.focus is not None and self.tap.current_call() is not None
+        watched = torch.is_grad_enabled() or thread.probing or focused
+        if watched or not torch.compiler.is_compiling():
             self.tap.leave()
 
 

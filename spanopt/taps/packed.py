@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from spanopt.compiling import in_graph
 from spanopt.declarations import Declaration, declare
 from spanopt.rescaling import Rescaling
+from spanopt.taps.calls import taps_by_name
 from spanopt.taps.masks import Read, allowed, read
 from spanopt.taps.real import Tokens, appended, real_tokens
 from spanopt.taps.refusals import refuse, refuse_vmap
@@ -61,7 +62,7 @@ def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any
     refuse_vmap(tap.site.name, *sources)
     lengths = tuple(x.shape[0] for x in (query, key))
     tap.mark("packed", heads, heads, bound["embed_dim_to_check"] // heads, lengths)
-    if tap.is_idle():
+    if tap.is_idle() and tap.focus is None:
         return func(*args, **kwargs)
     same = query is key or (query.shape == key.shape and tap.is_self_attention(query, key))
     queries, keys = _real_tokens(tap, bound, same)
@@ -70,11 +71,12 @@ def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any
         args, kwargs = tap.weights.stand_in(args, kwargs)
     # Only tensors, numbers and text pass through what torch.compile does not trace.
     of_sides = (tap.query.pack(), tuple(queries)), (tap.key.pack(), tuple(keys))
-    if tap.checkpoints:
-        return _forward_keeping(
-            tap.keeping, of_sides, tap.site.name, heads, tap.watching(), args, kwargs
-        )
-    return _forward(of_sides, tap.site.name, heads, tap.watching(), args, kwargs)
+    focused = None
+    if tap.focus is not None:
+        tap.focus.reach(tap)
+        focused = tap.unique_name, *tap.focus.signature(tap)
+    told = of_sides, focused, tap.site.name, heads, tap.watching(), args, kwargs
+    return _forward_keeping(tap.keeping, *told) if tap.checkpoints else _forward(*told)
 
 
 def _sources(bound: dict[str, Any]) -> list[Tensor]:
@@ -118,15 +120,14 @@ def _shown(mask: Tensor | None, batch: int, heads: int) -> Read:
 
 
 @in_graph
-def _forward(
-    of_sides: Any, layer: str, heads: int, watcher: Watcher | None, args: Any, kwargs: Any
-) -> Any:
-    return _forward_keeping(nullcontext, of_sides, layer, heads, watcher, args, kwargs)
+def _forward(*told: Any) -> Any:
+    return _forward_keeping(nullcontext, *told)
 
 
 def _forward_keeping(
     keeping: Any,
     of_sides: Any,
+    focused: Any,
     layer: str,
     heads: int,
     watcher: Watcher | None,
@@ -134,7 +135,8 @@ def _forward_keeping(
     kwargs: Any,
 ) -> Any:
     query, key = (_Side(Rescaling.unpack(packed), Tokens(*tokens)) for packed, tokens in of_sides)
-    with _ScoreProduct(query, key, layer, heads, watcher, keeping):
+    tap = None if focused is None else taps_by_name[focused[0]]
+    with _ScoreProduct(query, key, layer, heads, watcher, keeping, tap):
         return _transparent(*args, **kwargs)
 
 
@@ -144,7 +146,7 @@ class _Side(NamedTuple):
 
 
 class _ScoreProduct(TorchFunctionMode):
-    """Puts the nodes on the first score product that it sees."""
+    """Puts the nodes on the first score product that it sees, and focuses on chosen keys."""
 
     def __init__(
         self,
@@ -154,6 +156,7 @@ class _ScoreProduct(TorchFunctionMode):
         heads: int,
         watcher: Watcher | None,
         keeping: Any,
+        focused: Tap | None,
     ) -> None:
         super().__init__()
         self.query = query
@@ -162,11 +165,16 @@ class _ScoreProduct(TorchFunctionMode):
         self.heads = heads
         self.watcher = watcher
         self.keeping = keeping
+        self.focused = focused
         self.done = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.done:
+            tap, self.focused = self.focused, None if func is F.softmax else self.focused
+            if func is F.softmax and tap is not None and tap.focus is not None:
+                scores, *rest = args
+                args = (tap.focus.scores(tap, scores, -1, (-2,)), *rest)
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self.done = True
@@ -174,6 +182,9 @@ class _ScoreProduct(TorchFunctionMode):
             query, key, real = self._on(query, key)
             if self.watcher is not None:
                 self.watcher.scores(self.layer, query, key, real, mask, *rest, **kwargs)
+            tap = self.focused
+            if tap is not None and tap.focus is not None:
+                return tap.focus.attention(tap, func, query, key, value, mask, *rest, **kwargs)
             return func(query, key, value, mask, *rest, **kwargs)
         if func is torch.bmm or func is torch.baddbmm:
             self.done = True

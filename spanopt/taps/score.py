@@ -46,6 +46,8 @@ def _scaled_dot_product_attention(
         else:
             query = put_node(tap.query, query, tap.site.name, "query")
             key = put_node(tap.key, key, tap.site.name, "key")
+        if tap.focus is not None:
+            return tap.focus.attention(tap, func, query, key, value, attn_mask, *args, **kwargs)
     return func(query, key, value, attn_mask, *args, **kwargs)
 
 

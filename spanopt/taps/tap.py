@@ -25,6 +25,7 @@ from spanopt.shards import is_spread
 from spanopt.sites import AttentionSite
 from spanopt.taps.account import Account, may_train, nodes_of
 from spanopt.taps.calls import Call, GivenTokens, Repeats, live_taps, taps_by_name, thread
+from spanopt.taps.focusing import Focusing, focusing_of
 from spanopt.taps.masks import Read, Verdict, can_be_read
 from spanopt.taps.once import judge_once
 from spanopt.taps.padding import NotedMasks
@@ -70,6 +71,7 @@ class Tap(TorchFunctionMode):
         connected: Set when the layer returned something that gradients flow back through.
         detached: Set when it could have, and returned only tensors that none flow back through.
         watcher: Who is told of Q, K and their gradients: see :meth:`watching`.
+        focus: Which keys the layer's queries keep; ``None`` if all of them.
         held: Set when the scales are moved by a schedule: see :meth:`spanopt.SpanHooks.hold`.
         checkpoints: Set while the layer runs a part of itself under activation checkpointing.
         removed: Set when the tap was taken off its layer: it then does nothing.
@@ -99,6 +101,7 @@ class Tap(TorchFunctionMode):
         self.connected = False
         self.detached = False
         self.watcher: Watcher | None = None
+        self.focus: Focusing | None = focusing_of.get(site.module)
         self.held = False
         self.removed = False
         self.noted: tuple[NotedMasks, ...] = ()
@@ -164,10 +167,10 @@ class Tap(TorchFunctionMode):
             traced_place(self.unique_name)
         else:
             remove_stale(self)
-            if torch._C._current_graph_task_id() == -1:  # no backward pass is under way
-                self._repeats.remember(given)
-            else:
+            if torch._C._current_graph_task_id() != -1:  # a backward pass is under way
                 given = self._repeats.recall(given)
+            elif torch.is_grad_enabled() or is_checkpointed():
+                self._repeats.remember(given)
         self.entered = True
         self.multiplied = False
         self.site.takes_softmax = False

@@ -32,7 +32,7 @@ def softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     dim = kwargs.get("dim", rest[0] if rest else None)
     axis = dim - x.ndim if isinstance(dim, int) and dim >= 0 else dim
     sides = [group for group in scores.axes[:2] if group == (axis,)]
-    if not sides:
+    if axis is None or not sides:
         tap.site.lost_at = "a softmax that is not over one side's tokens"
         return func(*args, **kwargs)
     for product in scores.products:
@@ -40,6 +40,8 @@ def softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         if not product.swapped:
             product.swapped.append(sides[0] is scores.axes[0])
         x, real = _switch_on(tap, x, product, scores.read)
+    if tap.focus is not None:
+        x = tap.focus.scores(tap, x, axis, scores.axes[sides[0] is scores.axes[0]])
     weights = func(x, *rest, **kwargs)
     watcher = tap.watching()
     if watcher is not None:

@@ -1,0 +1,143 @@
+"""Which keys each query keeps: scores in, positions of keys out."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from spanopt.focus.spec import Keeping
+
+__all__ = [
+    "FORBIDDEN",
+    "chosen",
+    "kept_scores",
+    "may_be_none",
+    "spread",
+    "stride_of",
+    "width_of",
+]
+
+# A score of this or less is closed by a mask, as in spanopt.taps.masks.
+FORBIDDEN = -9e3
+
+
+def width_of(keeping: Keeping, keys: int) -> int:
+    """Return how many positions :func:`chosen` returns for each query.
+
+    Example:
+        >>> width_of(Keeping("top", 2, (0,)), 9), width_of(Keeping("strided", 4), 9)
+        (3, 3)
+    """
+    if keeping.kind == "strided":
+        return -(-keys // stride_of(keeping, keys)) + len(keeping.always)
+    return keeping.k + len(keeping.always)
+
+
+def stride_of(keeping: Keeping, keys: int) -> int:
+    """Return how far apart the keys of a strided pattern are."""
+    return -(-keys // keeping.k)
+
+
+def chosen(scores: Tensor, keeping: Keeping, first: int, queries: int, keys: int) -> Tensor:
+    """Return the positions of the keys that some queries keep.
+
+    Args:
+        scores: Shape ``(..., n, M')``, in the dtype that keys are chosen by, with the masks in
+            them. Keys from M' on are closed to all n queries.
+        keeping: What is kept, see :meth:`~spanopt.focus.spec.Keeping.fitting`.
+        first: Number of the first of the n queries.
+        queries: Number N of all queries.
+        keys: Number M of all keys.
+
+    Returns:
+        Integers, shape ``(..., n, width_of(keeping, keys))``: those of a query differ. M or more
+        stands for no key.
+
+    Example:
+        >>> scores = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
+        >>> chosen(scores, Keeping("top", 2), 0, 1, 4).sort(-1).values
+        tensor([[1, 2]])
+        >>> chosen(scores, Keeping("top", 1, (0,)), 0, 1, 4)
+        tensor([[1, 0]])
+    """
+    n, width = scores.shape[-2:]
+    device = scores.device
+    # Where there are more keys than queries, the queries are at the last positions.
+    at = torch.arange(first, first + n, device=device)[:, None] + max(keys - queries, 0)
+    always = torch.tensor(keeping.always, dtype=torch.int64, device=device)
+    if keeping.kind == "block":
+        own = at // keeping.k * keeping.k + torch.arange(keeping.k, device=device)
+    elif keeping.kind == "strided":
+        stride = stride_of(keeping, keys)
+        own = at % stride + torch.arange(0, keys, stride, device=device)
+    else:
+        preference = scores
+        if keeping.kind == "window":
+            to = torch.arange(width, device=device)
+            # Half a step further for earlier keys: then no two keys are equally near.
+            nearness = (at - to).abs() * -2 - (to < at).long()
+            closed = scores.new_full((), -math.inf)
+            preference = torch.where(scores > FORBIDDEN, nearness.to(scores.dtype), closed)
+        if keeping.always:
+            preference = preference.index_fill(-1, always, -math.inf)
+        best = preference.topk(keeping.k, dim=-1, sorted=False)
+        own = best.indices
+        if keeping.always:
+            own = own.masked_fill(best.values == -math.inf, keys)
+    if keeping.kind in ("block", "strided"):
+        if keeping.always:
+            own = own.masked_fill((own[..., None] == always).any(-1), keys)
+        own = own.clamp(max=keys).expand(*scores.shape[:-1], own.shape[-1])
+    if not keeping.always:
+        return own
+    return torch.cat((own, always.expand(*scores.shape[:-1], len(keeping.always))), -1)
+
+
+def may_be_none(keeping: Keeping) -> bool:
+    """Return whether a position from :func:`chosen` may stand for no key."""
+    return keeping.kind in ("block", "strided") or bool(keeping.always)
+
+
+def kept_scores(scores: Tensor, positions: Tensor, may_be_none: bool) -> tuple[Tensor, Tensor]:
+    """Return scores that are -inf at keys that are not kept.
+
+    Args:
+        scores: Shape ``(..., n, M)``.
+        positions: From :func:`chosen`.
+        may_be_none: From the function of this name.
+
+    Returns:
+        The scores; a query that keeps no open key keeps all. And the best score that a query keeps
+        of those that were chosen, shape ``(..., n, 1)``.
+    """
+    width = scores.shape[-1]
+    if may_be_none:
+        positions = positions.clamp(max=width)
+        padded = torch.nn.functional.pad(scores, (0, 1), value=-math.inf)
+        own = padded.gather(-1, positions)
+        kept = torch.full_like(padded, -math.inf).scatter(-1, positions, own)[..., :width]
+    else:
+        own = scores.gather(-1, positions)
+        kept = torch.full_like(scores, -math.inf).scatter(-1, positions, own)
+    best = own.amax(-1, keepdim=True)
+    return torch.where(best <= FORBIDDEN, scores, kept), best
+
+
+def spread(values: Tensor, positions: Tensor, width: int, fill: float) -> Tensor:
+    """Return values of chosen keys as ``(..., n, width)``, and ``fill`` at other keys.
+
+    Args:
+        values: Broadcastable to ``positions``.
+        positions: From :func:`chosen`.
+        width: Number of keys.
+        fill: The value of the others.
+
+    Example:
+        >>> spread(torch.tensor([[5.0, 6.0]]), torch.tensor([[2, 3]]), 3, 1.0)
+        tensor([[1., 1., 5.]])
+    """
+    all_keys = values.new_full((*positions.shape[:-1], width + 1), fill)
+    values = values.expand(positions.shape)
+    return all_keys.scatter(-1, positions.clamp(max=width), values)[..., :width]

@@ -1,0 +1,213 @@
+"""Focus on one layer: what its tap asks when the layer computes attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spanopt.focus.attention import focused_attention
+from spanopt.focus.choosing import chosen, kept_scores, may_be_none
+from spanopt.focus.spec import Focus, Keeping
+from spanopt.shards import is_context_parallel, is_spread
+from spanopt.sites import AttentionSite
+from spanopt.taps.tap import Tap
+
+__all__ = ["LayerFocus", "UnfocusedLayerError"]
+
+
+class UnfocusedLayerError(RuntimeError):
+    """A layer that focus was asked for has attention whose scores are not seen."""
+
+
+class LayerFocus:
+    """Focus on one layer; a :class:`~spanopt.taps.focusing.Focusing`.
+
+    Attributes:
+        focus: What the user asks for.
+        keeping: What is kept at this step; ``None`` where all keys are.
+        reached: Set when the layer's attention was seen, since its forward pass began.
+    """
+
+    def __init__(self, focus: Focus) -> None:
+        self.focus = focus
+        self.keeping = focus.at(0)
+        self.reached = False
+
+    def acts(self, tap: Tap, args: Any, kwargs: Any) -> bool:
+        """Return whether focus changes a call of the layer, as far as its arguments tell.
+
+        Args:
+            tap: The layer's.
+            args: What the layer is called with.
+            kwargs: The same by name.
+        """
+        keeping = self._now(tap)
+        module = tap.site.module
+        if keeping is not None and isinstance(module, nn.MultiheadAttention):
+            # Watched, it would not take PyTorch's fast path, which rounds otherwise.
+            key = kwargs.get("key", args[min(1, len(args) - 1)] if args else None)
+            if isinstance(key, Tensor) and key.ndim in (2, 3):
+                keys = key.shape[1 if module.batch_first and key.ndim == 3 else 0]
+                appended = (module.bias_k is not None) + bool(module.add_zero_attn)
+                keeping = keeping.fitting(keys + appended)
+        return keeping is not None
+
+    def reach(self, tap: Tap) -> None:
+        """Note that a layer's attention is seen.
+
+        Raises:
+            UnfocusedLayerError: The layer checkpoints it within itself.
+        """
+        self.reached = True
+        if tap.checkpoints:
+            raise self.unseen(
+                tap,
+                "runs its attention under activation checkpointing within itself, and the second "
+                "run would not be seen; checkpoint the layer as a whole",
+            )
+
+    def signature(self, tap: Tap) -> tuple[Any, ...]:
+        """Return all that compiled code depends on, as numbers and text."""
+        keeping = self._now(tap)
+        return () if keeping is None else (keeping.kind, keeping.k, *keeping.always)
+
+    def attention(
+        self, tap: Tap, func: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return the result of a call of ``scaled_dot_product_attention``.
+
+        Args:
+            tap: The layer's.
+            func: The function.
+            query: Shape ``(..., H, N, d)``.
+            key: Shape ``(..., H', M, d)``.
+            *args: Further arguments of the call.
+            **kwargs: Arguments of the call by name.
+
+        Raises:
+            TypeError: A nested tensor, a DTensor, or a part of a sequence.
+        """
+        self.reach(tap)
+        keeping = self._now(tap)
+        keeping = None if keeping is None else keeping.fitting(key.shape[-2])
+        if keeping is None:
+            result: Tensor = func(query, key, *args, **kwargs)
+            return result
+        _refuse(tap.site, query, key, *args)
+        value, *rest = args
+        focused = focused_attention(query, key, value, keeping, *rest, **kwargs)
+        drops = bool(rest[1] if len(rest) > 1 else kwargs.get("dropout_p", 0.0))
+        if keeping.kind != "gradient" or drops:
+            return focused
+        with torch.no_grad():
+            plain = func(query, key, *args, **kwargs)
+        return _InPlaceOf.apply(focused, plain)
+
+    def scores(self, tap: Tap, x: Tensor, key_axis: int, query_axes: tuple[int, ...]) -> Tensor:
+        """Return scores for their softmax, -inf at keys that are not kept.
+
+        Args:
+            tap: The layer's.
+            x: The scores, with masks in them.
+            key_axis: The dimension of keys, counted from the end.
+            query_axes: The dimensions of queries, counted from the end.
+
+        Raises:
+            TypeError: A DTensor, or a part of a sequence.
+        """
+        self.reach(tap)
+        keeping = self._now(tap)
+        keeping = None if keeping is None else keeping.fitting(x.shape[key_axis])
+        if keeping is None:
+            return x
+        _refuse(tap.site, x)
+        if len(query_axes) > 1 and keeping.kind in ("window", "block", "strided"):
+            raise UnfocusedLayerError(
+                f"layer {tap.site.name!r} has the positions of queries in {len(query_axes)} "
+                f"dimensions, and kind={keeping.kind!r} goes by one; give it kind='top'"
+            )
+        order = [i for i in range(-x.ndim, 0) if i not in (key_axis, query_axes[-1])]
+        order += [query_axes[-1], key_axis]
+        turned = x.permute(order)
+        with torch.no_grad():
+            by = turned.detach()
+            by = by if by.dtype == torch.float64 else by.float()
+            positions = chosen(by, keeping, 0, by.shape[-2], by.shape[-1])
+            kept, _ = kept_scores(by, positions, may_be_none(keeping))
+            dropped = kept == -torch.inf
+        if keeping.kind == "gradient":
+            turned = _GradientOf.apply(turned, dropped)
+        else:
+            turned = turned.masked_fill(dropped, -torch.inf)
+        return turned.permute([order.index(i) for i in range(-x.ndim, 0)])
+
+    def unseen(self, tap: Tap, reason: str) -> RuntimeError:
+        """Return the error about a layer whose scores are not seen.
+
+        Args:
+            tap: The layer's.
+            reason: What it did, in words that go on from its name.
+        """
+        site = tap.site
+        return UnfocusedLayerError(
+            f"no focus on layer {site.name!r} ({site.class_name}): it {reason}. Focus chooses keys "
+            "by scores that it sees: those of torch.nn.functional.scaled_dot_product_attention, of "
+            "nn.MultiheadAttention, and of a softmax that a product of Q and K reaches. Leave the "
+            f"layer out: focus(model, {{..., {site.name!r}: None}})"
+        )
+
+    def _now(self, tap: Tap) -> Keeping | None:
+        rests = self.focus.training_only and not tap.site.module.training
+        return None if rests else self.keeping
+
+
+def _refuse(site: AttentionSite, *tensors: Any) -> None:
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            continue
+        if is_spread(x) or x.is_nested:
+            kind = "nested tensor" if x.is_nested else "DTensor"
+            raise TypeError(
+                f"layer {site.name!r}: focus can't choose keys in a {kind}: give attention dense, "
+                "local tensors, or leave the layer out"
+            )
+    if is_context_parallel():
+        raise TypeError(
+            f"layer {site.name!r}: the sequence is sharded by context_parallel, and a process sees "
+            "a part of the keys, of which focus can't choose; leave the layer out"
+        )
+
+
+class _InPlaceOf(torch.autograd.Function):
+    """A tensor with the values of another, bit for bit."""
+
+    @staticmethod
+    def forward(x: Tensor, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None
+
+
+class _GradientOf(torch.autograd.Function):
+    """Scores as they are, whose gradient is zero where they are dropped."""
+
+    @staticmethod
+    def forward(x: Tensor, dropped: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (dropped,) = ctx.saved_tensors
+        return grad.masked_fill(dropped, 0), None
