@@ -5,7 +5,7 @@ INPUTS := pyproject.toml constraints.txt
 # Two notices of the theme about the future of mkdocs, which is pinned here, are left out.
 SITE := NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true .venv/bin/mkdocs
 
-.PHONY: demo test soak registry conformance docs serve-docs models-table study study-quick evidence bench performance package lint clean
+.PHONY: demo test soak registry conformance docs serve-docs screenshots links pictures models-table study study-quick evidence bench performance package lint clean
 
 demo: .venv/demo.stamp
 	.venv/bin/python examples/train_text.py $(ARGS)
@@ -29,13 +29,23 @@ conformance: .venv/test.stamp
 docs: .venv/docs.stamp
 	$(SITE) build --quiet
 
+# The notebooks are not run again at each change.
 serve-docs: .venv/docs.stamp
-	$(SITE) serve
+	EXECUTE_NOTEBOOKS=false $(SITE) serve
 
-# The pictures of the method and of the floors.
+# Pictures of the built site in a headless browser, to be looked at; outside CI, since it needs chromium.
+screenshots:
+	.venv/bin/python docs/site/screenshots.py $(ARGS)
+
+# Every link to other sites, which CI leaves out: they fail for reasons that are not ours.
+links: .venv/docs.stamp
+	.venv/bin/python docs/site/links.py
+
+# The pictures of the method, of the floors and of the monitor, for light and for dark pages.
 pictures: .venv/dev.stamp
 	.venv/bin/python docs/pictures/method.py
 	.venv/bin/python docs/pictures/architecture.py
+	.venv/bin/python docs/pictures/monitor.py
 
 # The table of tested models, from the tests that train them.
 models-table: .venv/test.stamp

@@ -11,6 +11,7 @@ running.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -19,10 +20,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.shades import save_both
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from speed.measure import three
 
-from spanopt.compare.drawing import markdown
+from spanopt.compare.drawing import COLOURS, markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed"
@@ -228,22 +231,34 @@ class Page:
 def ratio_by_length(page: Page) -> Figure:
     """Draw the ratio of a wrapped step to a plain one over the length of sequences."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes = figure.subplots()
+    axes, ink = figure.subplots(), rcParams["axes.edgecolor"]
     for name, label, colour in (
-        ("overhead", "eager", "#4C72B0"),
-        ("compiled", "compiled", "#C44E52"),
+        ("overhead", "eager", COLOURS[0]),
+        ("compiled", "compiled", COLOURS[1]),
     ):
         rows = [row for row in page.rows(name) if row["case"].startswith("decoder N=")]
         lengths = [row["length"] for row in rows]
         low, middle, high = zip(*(row["ratio"] for row in rows), strict=True)
         axes.plot(lengths, middle, marker="o", color=colour, label=label)
         axes.fill_between(lengths, low, high, color=colour, alpha=0.2)
-    axes.plot(lengths, [row["computed"] for row in rows], "k:", label="operations, as computed")
-    axes.plot(lengths, [row["one_solve"] for row in rows], "k--", label="operations, one solve")
+    axes.plot(
+        lengths,
+        [row["computed"] for row in rows],
+        color=ink,
+        linestyle=":",
+        label="operations, as computed",
+    )
+    axes.plot(
+        lengths,
+        [row["one_solve"] for row in rows],
+        color=ink,
+        linestyle="--",
+        label="operations, one solve",
+    )
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(n) for n in lengths])
     axes.set(xlabel="tokens N in a sequence (2,048 in a batch)", ylabel="wrapped / plain step")
-    axes.axhline(1, color="black", linewidth=0.8)
+    axes.axhline(1, color=ink, linewidth=0.8)
     figure.legend(loc="outside upper center", ncols=4)
     axes.grid(alpha=0.3)
     return figure
@@ -258,7 +273,7 @@ def write_report(docs: Path = DOCS) -> None:
     text = page.fill(TEMPLATE.read_text(encoding="utf-8"))
     (docs / "performance.md").write_text(text, encoding="utf-8")
     for name, draw in FIGURES.items():
-        draw(page).savefig(docs / f"{name}.png", dpi=130, metadata={"Software": None})
+        save_both(functools.partial(draw, page), docs / f"{name}.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ comparison: for each arm by itself in the first comparisons, for plain alone in 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -30,14 +31,13 @@ from harness.experiment import Experiment
 from harness.partial import drawn_by_rate
 from harness.report import Report
 from harness.runner import run_experiments
+from harness.shades import save_both
 from harness.store import Store
 from harness.texts import Text
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from speed.measure import three
-
-from spanopt.compare.drawing import save
 
 RESULTS = Path(__file__).parent / "results"
 TEMPLATE = Path(__file__).parent / "evidence.in.md"
@@ -168,7 +168,7 @@ def write_report(store: Store, docs: Path = DOCS) -> None:
     page = report.page(TEMPLATE.read_text(encoding="utf-8"))
     for name, draw in FIGURES.items():
         if f"(evidence-{name}.png)" in page:
-            save(draw(report), docs / f"evidence-{name}.png")
+            save_both(functools.partial(draw, report), docs / f"evidence-{name}.png")
     (docs / "evidence.md").write_text(page, encoding="utf-8")
 
 

@@ -68,9 +68,10 @@ def draw(rows: list[dict[str, Any]], column: str) -> Any:
         image = _heatmap(heatmap, table, layers, steps, _norm(limits, column))
         heatmap.set_title(f"{side}, by layer")
         figure.colorbar(image, ax=heatmap, label=_LABELS[column])
-        _lines(lines, table, layers, steps, matplotlib.colormaps["plasma"])
+        _lines(lines, table, layers, steps, matplotlib)
         if chance is not None:
-            lines.axhline(chance, color="black", linestyle=":", label="by chance")
+            ink = matplotlib.rcParams["axes.edgecolor"]
+            lines.axhline(chance, color=ink, linestyle=":", label="by chance")
         lines.set(title=f"{side}, mean over heads", ylabel=_LABELS[column])
         if column in _LOGARITHMIC:
             lines.set_yscale("log")
@@ -125,10 +126,13 @@ def _heatmap(axes: Any, table: list[list[float]], layers: Any, steps: Any, norm:
     return image
 
 
-def _lines(axes: Any, table: list[list[float]], layers: Any, steps: Any, colours: Any) -> None:
-    """Draw a line for each layer."""
+def _lines(axes: Any, table: list[list[float]], layers: Any, steps: Any, matplotlib: Any) -> None:
+    """Draw a line for each layer, in colours that stand out from the background."""
+    colours, colors = matplotlib.colormaps["plasma"], importlib.import_module("matplotlib.colors")
+    is_dark = sum(colors.to_rgb(matplotlib.rcParams["axes.facecolor"])) < 1.5
+    first, last = (0.3, 1.0) if is_dark else (0.0, 0.85)
     for i, (layer, values) in enumerate(zip(layers, table, strict=True)):
-        colour = colours(0.85 * i / max(1, len(layers) - 1))
+        colour = colours(first + (last - first) * i / max(1, len(layers) - 1))
         axes.plot(steps, values, marker=".", color=colour, label=layer or "(model)")
     axes.set_xlabel("optimizer step")
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 from harness.experiment import Experiment
@@ -125,7 +126,7 @@ def drawn_by_rate(experiments: Sequence[Experiment], arms: Sequence[str], store:
         of = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
         label = f"{arm} ({of} seeds)"
         axes.errorbar(x, means, reach, color=colour, marker="o", capsize=3, label=label)
-    axes.axhline(0, color="black", linewidth=0.8)
+    axes.axhline(0, color=rcParams["axes.edgecolor"], linewidth=0.8)
     axes.set_xscale("log", base=2)
     ticks = sorted(shown)
     axes.set_xticks(ticks, [f"{lr:g}" for lr in ticks])

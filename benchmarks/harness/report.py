@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 from harness.experiment import Experiment
@@ -233,7 +234,7 @@ class Report:
                 change, y = changes.get(arm), row + 0.3 * (number - (len(arms) - 1) / 2)
                 if change is not None:
                     draw_interval(axes, change, y, colour, arm)
-        axes.axvline(0, color="black", linewidth=0.8)
+        axes.axvline(0, color=rcParams["axes.edgecolor"], linewidth=0.8)
         axes.set_yticks(range(len(near)), [*near])
         axes.set_ylim(len(near) - 0.5, -0.5)
         text = "change of validation loss, % (below 0 is better); 95 % interval"
@@ -298,7 +299,8 @@ class Report:
                 low, high = ([f(shares[step]) for step in steps] for f in (min, max))
                 axes.plot(steps, means, color=colour, label=f"layer {number}")
                 axes.fill_between(steps, low, high, color=colour, alpha=0.2)
-            axes.axhline(rows[0]["chance_share"], color="black", linestyle=":", label="by chance")
+            chance, ink = rows[0]["chance_share"], rcParams["axes.edgecolor"]
+            axes.axhline(chance, color=ink, linestyle=":", label="by chance")
             axes.set(title=side, xlabel="optimizer step")
             axes.legend(fontsize="small")
         top = max(row["parallel_share"] for row in rows)

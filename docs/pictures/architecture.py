@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+from matplotlib import rcParams
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from harness.shades import save_both  # noqa: E402
+
 PACKAGE = "spanopt"
 
 
@@ -65,11 +71,12 @@ def _imported(tree: ast.Module) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-def draw(path: Path) -> None:
-    """Draw the picture into a file."""
+def draw() -> Figure:
+    """Draw the picture."""
     rows = [row for row in floors() if row]
     width = max(map(len, rows))
-    figure, axes = plt.subplots(figsize=(1.9 * width + 0.5, 0.4 * len(rows) + 0.3))
+    figure = Figure(figsize=(1.9 * width + 0.5, 0.4 * len(rows) + 0.3))
+    axes, ink = figure.subplots(), rcParams["text.color"]
     place = {}
     for y, row in enumerate(rows):
         for i, name in enumerate(row):
@@ -81,7 +88,7 @@ def draw(path: Path) -> None:
             (u, v + 0.32),
             arrowstyle="-|>",
             mutation_scale=7,
-            color="#0072b2",
+            color="#5b8fc7",
             alpha=0.6,
             linewidth=0.9,
             connectionstyle=f"arc3,rad={0.15 if abs(y - v) > 1 else 0}",
@@ -93,19 +100,19 @@ def draw(path: Path) -> None:
             0.72,
             0.56,
             boxstyle="round,pad=0.02",
-            facecolor="white",
-            edgecolor="#444444",
+            facecolor=rcParams["axes.facecolor"],
+            edgecolor=ink,
             linewidth=1,
             zorder=3,
         )
         axes.add_patch(box)
-        axes.text(x, y, name, ha="center", va="center", fontsize=8, zorder=4)
+        axes.text(x, y, name, ha="center", va="center", fontsize=9, zorder=4)
     axes.set_xlim(0, width + 0.0)
     axes.set_ylim(-len(rows) + 0.4, 0.5)
     axes.axis("off")
     figure.tight_layout(pad=0.2)
-    figure.savefig(path, dpi=160, facecolor="white")
+    return figure
 
 
 if __name__ == "__main__":
-    draw(ROOT / "docs" / "architecture.png")
+    save_both(draw, ROOT / "docs" / "architecture.png", dpi=160)

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["COLOURS", "aligned", "draw_interval", "forest", "markdown", "save"]
 
-COLOURS = ("#4C72B0", "#C44E52", "#55A868", "#8172B3", "#CCB974", "#64B5CD", "#8C8C8C")
-BETTER, WORSE, UNCLEAR = COLOURS[2], COLOURS[1], COLOURS[6]
+# Paul Tol's "bright" colours, which people with any kind of colour blindness tell apart.
+COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#AA3377", "#66CCEE", "#8C8C8C")
+BETTER, WORSE, UNCLEAR = COLOURS[0], COLOURS[1], COLOURS[6]
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -40,13 +41,14 @@ def draw_interval(axes: Any, change: Change, y: float, colour: str, label: str =
 
 
 def forest(changes: Mapping[str, Change], label: str, *, larger_is_better: bool = False) -> Figure:
-    """Draw changes by arm with their intervals: green where clearly better, red where worse.
+    """Draw changes by arm with their intervals: blue where clearly better, red where worse.
 
     Args:
         changes: By arm, from top to bottom.
         label: What the axis is.
         larger_is_better: Whether a change above 0 is better.
     """
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 0.9 + 0.3 * len(changes)), layout="constrained")
@@ -55,7 +57,7 @@ def forest(changes: Mapping[str, Change], label: str, *, larger_is_better: bool 
         better = change.mean > 0 if larger_is_better else change.mean < 0
         clear = change.low > 0 or change.high < 0
         draw_interval(axes, change, row, (BETTER if better else WORSE) if clear else UNCLEAR)
-    axes.axvline(0, color="black", linewidth=0.8)
+    axes.axvline(0, color=rcParams["axes.edgecolor"], linewidth=0.8)
     axes.set_yticks(range(len(changes)), [*changes])
     axes.set_ylim(len(changes) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
