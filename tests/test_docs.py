@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import spanopt
+from spanopt.declarations import declared, withdraw
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,10 +40,17 @@ def test_the_snippets_run_one_after_the_other(capsys):
     assert "left alone" in printed
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_snippets_of_the_docs_run(page):
+    known = set(declared)
     for snippet in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         exec(compile(snippet, page.name, "exec"), {})
+    for name in set(declared) - known:  # what a page has registered is not there for other tests
+        withdraw(name)
 
 
 def test_the_diff_turns_a_loop_that_runs_into_one_that_runs():
@@ -74,11 +82,46 @@ def test_each_recipe_runs_before_and_after_and_its_after_is_wrapped(diff):
     assert "SpanScaledOptimizer" in optimizers[1] - optimizers[0]
 
 
-def test_every_file_that_the_docs_link_to_exists():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+def anchors(page):
+    """The anchors of a page's headings, as the site and GitHub make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", h.lower()).strip()) for h in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name
+)
+def test_every_file_and_anchor_that_a_page_links_to_exists(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text)
+    links += [(source, "") for source in re.findall(r"src(?:set)?=\"([^\"]+)\"", text)]
+    for target, anchor in links:
+        if target.startswith("http") or "reference/" in target:  # pages that the site generates
+            continue
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file), f"{target}#{anchor}"
+
+
+WORDS = re.compile(r"[A-Za-z0-9'’/_.,()\-]*[A-Za-z][A-Za-z0-9'’/_.,()\-]*")
+
+
+def sentences(text):
+    """The sentences of a Markdown page, without code, tables and addresses."""
+    text = re.sub(
+        r"```.*?```|<picture>.*?</picture>|^    .*?$|^\|.*?$", "", text, flags=re.S | re.M
+    )
+    text = re.sub(r"\]\([^)]*\)|[\[\]*]", "", text)
+    text = re.sub(r"`[^`]*`", "code", text)
+    for block in re.split(r"\n\s*\n|^#+ .*$|^- ", text, flags=re.MULTILINE):
+        yield from re.split(r"(?<=[.?:!])\s+", " ".join(block.split()))
+
+
+def test_no_sentence_of_the_readme_is_longer_than_25_words_and_it_fits_150_lines():
+    assert len(README.splitlines()) < 150
+    long = [s for s in sentences(README) if len(WORDS.findall(s)) > 25]
+    assert long == []
 
 
 def public_objects():

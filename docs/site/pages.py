@@ -1,4 +1,4 @@
-"""Formulas become MathML, pictures follow the light or dark page, links lead to pages of the site."""
+"""Formulas become MathML, pictures follow the shade of the page, links stay inside the site."""
 
 from __future__ import annotations
 
