@@ -99,7 +99,8 @@ def missing(experiments: Sequence[Experiment], store: Results) -> str:
         elif total:
             counts = sorted(set(left.values()) - {0}, reverse=True)
             by_count = {n: [arm for arm in left if left[arm] == n] for n in counts}
-            each = "; ".join(f"{n} runs each of {', '.join(by_count[n])}" for n in counts)
+            names = {n: ", ".join(f"`{arm}`" for arm in by_count[n]) for n in counts}
+            each = "; ".join(f"{n} runs each of {names[n]}" for n in counts)
             lines.append(f"- {e.name}: {total} of {e.size()} runs: {each}.")
     return "\n".join(lines) or "All of it has been run."
 

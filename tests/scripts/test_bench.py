@@ -214,7 +214,7 @@ def test_the_page_is_what_the_results_give(tmp_path):
     assert text == (bench.DOCS / "performance.md").read_text(encoding="utf-8")
     for path in tmp_path.glob("*.png"):
         assert (bench.DOCS / path.name).exists()
-        assert f"({path.name})" in text
+        assert f"({path.stem.removesuffix('-dark')}.png)" in text
     page = bench.Page()
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     for case, words in (
