@@ -17,7 +17,8 @@ test: .venv/test.stamp
 soak: .venv/test.stamp
 	.venv/bin/python -m pytest -n 2 --soak tests/soak tests/registry $(ARGS)
 
-# docs/registry.md: every model of the registry of transformers. About an hour.
+# docs/registry.md: every model of the registry of transformers. About an hour; an interrupted run goes on
+# with ARGS=--resume.
 registry: .venv/test.stamp
 	.venv/bin/python tests/registry/run.py --page docs/registry.md $(ARGS)
 

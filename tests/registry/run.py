@@ -1,7 +1,9 @@
 """Verify models of the registry: ``python run.py TYPE:ATTENTION ...``.
 
 Prints one line of JSON for each. Each has 30 s of processor time. ``python run.py --page FILE``
-verifies all of them in several processes and writes the page.
+verifies all of them in several processes and writes the page. It keeps the rows it has in
+``--rows FILE``: with ``--resume`` an interrupted run goes on from there, and ``--again OUTCOME``
+verifies once more what had that outcome.
 """
 
 import argparse
@@ -11,8 +13,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -52,18 +57,21 @@ def verify_here(cases):
 
 
 def verify_in_a_process(cases):
-    """Return the rows of the cases, of which one that ended the process is "crashed"."""
-    rows, left = [], list(cases)
+    """Yield the rows of the cases as they come; one that ended the process is "crashed"."""
+    left = list(cases)
     while left:
         command = [sys.executable, __file__, *left]
-        done = subprocess.run(command, capture_output=True, text=True)
-        rows += map(json.loads, done.stdout.splitlines())
-        left = cases[len(rows) :]
+        with tempfile.TemporaryFile("w+") as errors:
+            with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=errors) as run:
+                for line in run.stdout:
+                    left.pop(0)
+                    yield json.loads(line)
+            errors.seek(0)
+            said = errors.read()[-300:]
         if left:
             name, attention = left.pop(0).rsplit(":", 1)
-            why = f"exit status {done.returncode}: {done.stderr[-300:]}"
-            rows.append({"type": name, "attention": attention, "outcome": "crashed", "why": why})
-    return rows
+            why = f"exit status {run.returncode}: {said}"
+            yield {"type": name, "attention": attention, "outcome": "crashed", "why": why}
 
 
 def every_case():
@@ -73,25 +81,64 @@ def every_case():
     return [f"{name}:{attention}" for name in every_type() for attention in ("sdpa", "eager")]
 
 
+def versions():
+    return {name: metadata.version(name) for name in ("torch", "transformers")}
+
+
+def kept_rows(path, again):
+    """Return the rows of an interrupted run, without those of the outcomes to verify again."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    whole = text[: text.rfind("\n") + 1]  # the last line may have been cut off
+    header, *rows = map(json.loads, whole.splitlines() or ["{}"])
+    if header != versions():
+        sys.exit(f"{path} is of {header}, and here are {versions()}: leave --resume out")
+    return [row for row in rows if row["outcome"] not in again]
+
+
+def verify_all(path, kept, workers):
+    """Verify what is not among the rows that are kept, adding each row to the file; return all."""
+    rows, every = list(kept), every_case()
+    done = {f"{row['type']}:{row['attention']}" for row in rows}
+    cases = [case for case in every if case not in done]
+    chunks = [cases[i : i + CHUNK] for i in range(0, len(cases), CHUNK)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".new")  # no moment in which rows are lost
+    beside.write_text("".join(json.dumps(line) + "\n" for line in (versions(), *rows)))
+    beside.replace(path)
+    lock = threading.Lock()
+    with path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(workers) as pool:
+
+        def verify_chunk(chunk):
+            for row in verify_in_a_process(chunk):
+                with lock:
+                    print(json.dumps(row), file=file, flush=True)
+                    rows.append(row)
+                    if len(rows) % CHUNK == 0:
+                        print(f"{len(rows)} of {len(every)}", file=sys.stderr, flush=True)
+
+        list(pool.map(verify_chunk, chunks))
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="TYPE:ATTENTION")
     parser.add_argument("--page", type=Path, help="verify all models and write this page")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rows", type=Path, default=Path("runs/registry.jsonl"))
+    parser.add_argument("--resume", action="store_true", help="keep the rows of that file")
+    parser.add_argument("--again", nargs="+", default=[], metavar="OUTCOME")
     given = parser.parse_args()
     if given.page is None:
         return verify_here(given.cases)
     from page import page
 
-    cases = every_case()
-    chunks = [cases[i : i + CHUNK] for i in range(0, len(cases), CHUNK)]
-    with ThreadPoolExecutor(given.workers) as pool:
-        rows = []
-        for made in pool.map(verify_in_a_process, chunks):
-            rows += made
-            print(f"{len(rows)} of {len(cases)}", file=sys.stderr, flush=True)
+    kept = kept_rows(given.rows, given.again) if given.resume or given.again else []
+    rows = verify_all(given.rows, kept, given.workers)
     given.page.write_text(page(rows), encoding="utf-8")
-    given.page.with_suffix(".jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return None
 
 
