@@ -116,7 +116,8 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
        Such a layer may turn out to call no attention that can be seen, which is then an error at
        its first forward pass rather than a silent omission;
     4. its own code multiplies matrices and takes a softmax, and it owns at least two modules with
-       parameters or none: not ``certain`` before the first forward pass.
+       parameters, or none, or one linear layer with more outputs than inputs: not ``certain``
+       before the first forward pass.
 
     A layer of the third or fourth kind that contains another with projections of its own only wraps
     it, and is left out; a layer without projections inside one of the third kind is a part of it.
@@ -236,13 +237,14 @@ def _multiplies_by_hand(module: nn.Module, traits: frozenset[str]) -> bool:
     softmax = "softmax" in traits or any(isinstance(child, nn.Softmax) for child in children)
     if "product" not in traits or not softmax:
         return False
-    # Queries and keys take two projections at least, or they come from outside.
+    # Queries and keys take two projections, or one that widens its input, or come from outside.
     for child in list(children):
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             children += child.children()
     owners = sum(_may_project(child) for child in children)
     owners += sum(p is not None and p.ndim > 1 for p in module._parameters.values())
-    return owners != 1
+    fused = (isinstance(x, nn.Linear) and x.out_features > x.in_features for x in children)
+    return owners != 1 or any(fused)
 
 
 def _site(

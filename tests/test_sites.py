@@ -278,6 +278,25 @@ def test_a_core_with_parameters_belongs_to_the_layer_with_the_projections(core, 
     assert names(nn.Sequential(layer, nn.Linear(4, 4))) == ["0"]
 
 
+class FusedByHand(nn.Module):
+    """One projection by a name that says nothing, and none of the output, as in DeBERTa."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.in_proj = nn.Linear(4, size)
+
+    def forward(self, x):
+        q, k, v = self.in_proj(x).expand(*x.shape[:-1], 12).chunk(3, -1)
+        return (q @ k.mT).softmax(-1) @ v
+
+
+def test_one_projection_that_makes_queries_and_keys_at_once_is_enough():
+    model = nn.Sequential(FusedByHand(12), nn.Linear(4, 4))
+    (site,) = find_attention(model)
+    assert (site.name, site.tap, site.certain) == ("0", "softmax", False)
+    assert names(nn.Sequential(FusedByHand(1), nn.Linear(4, 4))) == []
+
+
 def test_a_wrapper_with_projection_names_gives_way_to_the_layer_inside():
     wrapper = owner(query=4, key=4)
     wrapper.add_module("attn", nn.MultiheadAttention(4, 2))
