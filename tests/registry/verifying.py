@@ -2,7 +2,7 @@
 
 The reference is a copy of the model in which the function that takes Q and K, PyTorch's
 ``scaled_dot_product_attention`` or the model's own ``eager_attention_forward``, gets them with
-hooks of the NumPy oracle.
+hooks of the NumPy oracle. Of a layer that calls neither they are on its first product.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from inputs import candidates
 from models import oracle_hook
+from products import first_products
 from shrinking import shrink
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING
@@ -164,6 +165,7 @@ def oracle(model, attention, calls):
                     stack.enter_context(
                         patch.object(sys.modules[file], "eager_attention_forward", own)
                     )
+        stack.enter_context(first_products(model, QUERY, KEY, calls))
         yield
 
 

@@ -1,0 +1,111 @@
+"""References of layers that call no attention function: oracle hooks on their first product.
+
+The rule knows nothing of softmaxes: of the products of two activations that an attention layer
+takes in its own forward pass, the first is that of queries and keys. Layers of another order are
+in ``FIRST``.
+"""
+
+import contextlib
+import sys
+
+import torch
+from models import oracle_hook
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+# By class of layer: which of its products of activations is that of Q and K, where not the first.
+FIRST: dict[str, int] = {}
+MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
+ADDED = (torch.baddbmm, torch.Tensor.baddbmm)
+
+
+def hooked(x, letters, features, batch, pair):
+    """Return an operand of a product, with an oracle hook on each of its matrices.
+
+    Args:
+        x: The operand.
+        letters: One for each dimension.
+        features: Those that are summed over.
+        batch: Those of which each index has a matrix of its own; all others are tokens.
+        pair: The factors.
+    """
+    kinds = [
+        [letter for letter in letters if letter in batch],
+        [letter for letter in letters if letter not in batch and letter not in features],
+        [letter for letter in letters if letter in features],
+    ]
+    order = [*kinds[0], *kinds[1], *kinds[2]]
+    moved = x.permute([letters.index(letter) for letter in order])
+    leading, tokens = (moved.shape[: len(kinds[0])], moved.shape[len(kinds[0]) :][: len(kinds[1])])
+    matrices = moved.reshape(*leading, tokens.numel(), -1) * 1.0
+    same = oracle_hook(matrices, *pair).reshape(moved.shape)
+    return same.permute([order.index(letter) for letter in letters])
+
+
+class Products(TorchFunctionMode):
+    """Puts oracle hooks on the operands of the product of Q and K of each layer that runs."""
+
+    def __init__(self, query, key, calls):
+        super().__init__()
+        self.query, self.key, self.calls = query, key, calls
+        self.running = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if self.running:
+            at = 1 if function in ADDED else 0
+            if function in MATMULS or at:
+                q, k = args[at : at + 2]
+                batch = "abcdefgh"[: max(q.ndim, k.ndim) - 2]
+                left, right = (batch[len(batch) + 2 - x.ndim :] for x in (q, k))
+                pair = self.operands(q, k, f"{left}xz", f"{right}zy", "z", batch)
+                args = (*args[:at], *pair, *args[at + 2 :])
+            elif function is torch.einsum and len(args) == 3 and "." not in args[0]:
+                equation, output = args[0].replace(" ", "").split("->")
+                left, right = equation.split(",")
+                shared = set(left) & set(right)
+                features, batch = shared - set(output), shared & set(output)
+                args = (args[0], *self.operands(*args[1:], left, right, features, batch))
+        return function(*args, **(kwargs or {}))
+
+    def operands(self, q, k, left, right, features, batch):
+        """Return two operands, hooked if this is the product of Q and K."""
+        if any(isinstance(x, nn.Parameter) or x.grad_fn is None for x in (q, k)):
+            return q, k
+        frame = self.running[-1]
+        frame["products"] += 1
+        if frame["products"] != FIRST.get(frame["class"], 1):
+            return q, k
+        self.calls.append(q)
+        return (
+            hooked(q, left, features, batch, self.query),
+            hooked(k, right, features, batch, self.key),
+        )
+
+
+@contextlib.contextmanager
+def first_products(model, query, key, calls):
+    """Put oracle hooks on the first product of each attention layer with no such function."""
+    mode = Products(query, key, calls)
+
+    def enter(module, *_):
+        mode.running.append({"class": type(module).__name__, "products": 0})
+
+    def leave(*_):
+        mode.running.pop()
+
+    handles = []
+    for module in model.modules():
+        file = sys.modules[type(module).__module__]
+        if "atten" in type(module).__name__.lower() and not hasattr(
+            file, "eager_attention_forward"
+        ):
+            handles += [
+                module.register_forward_pre_hook(enter),
+                module.register_forward_hook(leave, always_call=True),
+            ]
+    try:
+        with mode:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
