@@ -31,16 +31,23 @@ def bound(package: str) -> str:
     return found[1] if found[1].count(".") > 1 else f"{found[1]}.0"
 
 
-OLDEST = bound("torch")
-NEWEST = "2.13.0"
-BELOW = ["2.6.0", "2.8.0", "2.10.0"]  # older than the bound: what would have to be mended there
-TORCH = [OLDEST, *([] if OLDEST == NEWEST else [NEWEST])]
-PYTHON = ["3.10", "3.11", "3.12", "3.13"]
+def pinned(package: str) -> str:
+    """Return the version of a package in constraints.txt, with which `make test` runs all tests."""
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    found = re.search(rf"^{package}==(.+)$", text, re.MULTILINE)
+    assert found, f"constraints.txt names no {package}"
+    return found[1]
+
+
+OLDEST, PINNED, NEWEST = bound("torch"), pinned("torch"), "2.15.0"
+BELOW = ["2.6.0", "2.8.0", "2.10.0", "2.12.1"]  # older than the bound: what fails there
+TORCH = list(dict.fromkeys([OLDEST, PINNED, "2.14.1", NEWEST]))
+PYTHON = ["3.10", "3.12", "3.13"]  # the sessions of torch run on 3.11
 LIBRARIES = ("transformers", "accelerate", "lightning")
 
 NEEDS_LIBRARIES = ["tests/libraries", "tests/integrations", "tests/registry"]
-# About the project and its tools, whatever torch there is.
-OF_NO_VERSION = ["tests/scripts", "tests/test_docs.py", "tests/test_inspection.py"]
+# About the project and its tools, whatever torch there is, and the long runs.
+OF_NO_VERSION = ["tests/scripts", "tests/test_docs.py", "tests/test_inspection.py", "tests/soak"]
 TEST_GROUP = (
     *("pytest", "pytest-xdist", "hypothesis", "expecttest", "psutil", "numpy", "rich", "scipy"),
     *("torch-optimizer", "pytorch-optimizer", "schedulefree", "scikit-learn", "tokenizers"),
@@ -109,7 +116,7 @@ def core() -> list[str]:
 @nox.session(python="3.11")
 @nox.parametrize("version", TORCH, ids=TORCH)
 def torch(session: nox.Session, version: str) -> None:
-    """The tests that need no library but torch, on the oldest and the newest torch."""
+    """The tests that need no library but torch, on the oldest, the newest and others between."""
     install(session, f"torch=={version}")
     run_tests(session, *core())
 
@@ -124,8 +131,8 @@ def below(session: nox.Session, version: str) -> None:
 
 @nox.session(python=PYTHON)
 def python(session: nox.Session) -> None:
-    """The same tests with the newest torch on each Python."""
-    install(session, f"torch=={NEWEST}")
+    """The same tests with the pinned torch on each Python."""
+    install(session, f"torch=={PINNED}")
     run_tests(session, *core())
 
 
@@ -134,15 +141,15 @@ def libraries(session: nox.Session) -> None:
     """The tests that train with other libraries, on the oldest of these."""
     oldest = [f"{package}=={bound(package)}" for package in LIBRARIES]
     group = (*TEST_GROUP, "peft", "x-transformers")
-    install(session, f"torch=={NEWEST}", *oldest, group=group)
+    install(session, f"torch=={PINNED}", *oldest, group=group)
     run_tests(session, *NEEDS_LIBRARIES)
 
 
 @nox.session(python="3.11")
 def oldest(session: nox.Session) -> None:
     """The marked part of the tests, minutes long, on the oldest torch: what CI runs of it."""
-    if OLDEST == NEWEST:
-        session.skip("the oldest torch is the newest one, on which all tests run")
+    if OLDEST == PINNED:
+        session.skip("the oldest torch is the pinned one, on which `make test` runs all tests")
     install(session, f"torch=={OLDEST}")
     session.run("python", "-m", "pytest", "-q", "-o", "addopts=", "-m", "oldest", *core())
 
