@@ -56,8 +56,12 @@ TEST_GROUP = (
 
 
 def install(session: nox.Session, *versions: str, group: tuple[str, ...] = TEST_GROUP) -> None:
-    """Install given versions, and of all else those of constraints.txt where they go together."""
-    free = {re.split("[=<>]", version)[0].lower() for version in versions} | {"sympy", "torch"}
+    """Install given versions, and of all else those of constraints.txt where they go together.
+
+    What torch itself limits the versions of, by another limit in each release, is left to pip.
+    """
+    given = {re.split("[=<>]", version)[0].lower() for version in versions}
+    free = given | {"setuptools", "sympy", "torch"}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if line.split("==")[0].lower() not in free]
     constraints = Path(session.create_tmp()) / "constraints.txt"
