@@ -92,7 +92,11 @@ class SpanGroup(dict[str, Any]):
             f"{self['name']}: the fields of a span group can be set, not added or removed"
         )
 
-    __delitem__ = pop = popitem = clear = setdefault = _fixed
+    __delitem__: Any = _fixed
+    pop: Any = _fixed
+    popitem: Any = _fixed
+    clear: Any = _fixed
+    setdefault: Any = _fixed
 
     def plain(self) -> dict[str, Any]:
         """Return a dict of numbers, strings, lists and ``None`` only, as for a checkpoint.

@@ -103,7 +103,7 @@ class SpanHooks(ScaledLayers):
             self._placement.put(tap)
         self._placement.note_masks(taps)
         self._placement.watch_weights(taps)
-        self.groups += groups
+        self.groups.extend(groups)
         self._groups += groups
         self.sites += [layer.site for layer in layers]
         self._taps += taps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -144,6 +144,12 @@ class SpanScaledOptimizer(OptimizerProxy):
             ...     group["parallel"] = 1.5
         """
         return self.hooks.groups
+
+    @overload
+    def step(self, closure: None = None, **kwargs: Any) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Any], **kwargs: Any) -> Any: ...
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take a step of the wrapped optimizer.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -78,12 +78,12 @@ class OptimizerProxy(Optimizer):
         """
         return "hooks" not in self.__dict__
 
-    param_groups = _passed_on("param_groups")
-    state = _passed_on("state")
-    defaults = _passed_on("defaults")
+    param_groups: list[dict[str, Any]] = _passed_on("param_groups")
+    state: defaultdict[Tensor, Any] = _passed_on("state")
+    defaults: dict[str, Any] = _passed_on("defaults")
     # torch.amp.GradScaler hands these two to a fused optimizer.
-    grad_scale = _passed_on("grad_scale")
-    found_inf = _passed_on("found_inf")
+    grad_scale: Any = _passed_on("grad_scale")
+    found_inf: Any = _passed_on("found_inf")
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:

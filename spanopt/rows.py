@@ -27,7 +27,7 @@ class RowFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self.waiting: list[str] = []
         with open(self.path, "ab"):
             pass

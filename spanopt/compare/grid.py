@@ -26,14 +26,14 @@ class Grid:
         ascending = all(a < b for a, b in itertools.pairwise(values))
         if not values or values[0] <= 0 or not ascending:
             raise ValueError(f"a grid is of positive numbers in ascending order, got {values!r}")
-        self.values = list(values)
+        self.values: list[float] = list(values)
         self._step = 2 if refine else 1
         below = values[1] / values[0] if len(values) > 1 else 2.0
         above = values[-1] / values[-2] if len(values) > 1 else 2.0
         coarse = [_rounded(values[0] / below**n) for n in range(extensions, 0, -1)]
         coarse += self.values
         coarse += [_rounded(values[-1] * above**n) for n in range(1, extensions + 1)]
-        self.points = coarse
+        self.points: list[float] = coarse
         if refine:
             between = [_rounded(math.sqrt(a * b)) for a, b in itertools.pairwise(coarse)]
             self.points = sorted([*coarse, *between])

@@ -35,15 +35,15 @@ class Reader:
         self.store = store
         self.margin = margin
         others = [arm for arm in design.arms if arm != PLAIN]
-        self.changes = {arm: design.change(arm, store) for arm in others}
-        self.equal_time = {
+        self.changes: dict[str, Change] = {arm: design.change(arm, store) for arm in others}
+        self.equal_time: dict[str, Change] = {
             arm: design.change(arm, store, equal_time=True)
             for arm in design.named.asked
             if design.steps is not None and design.time_ratio(arm, store) is not None
         }
         family = [arm for arm in others if arm not in (NEAR_NULL, FROZEN)]
         p_values = adjusted([self.changes[arm].p for arm in family])
-        self.adjusted_p = dict(zip(family, p_values, strict=True))
+        self.adjusted_p: dict[str, float] = dict(zip(family, p_values, strict=True))
 
     def readings(self) -> list[str]:
         """Return the sentences, first about the arms, then about what they rest on."""

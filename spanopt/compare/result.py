@@ -39,11 +39,11 @@ class Comparison:
     def __init__(self, design: Design, store: Store, margin: float) -> None:
         reader = Reader(design, store, margin)
         self._design, self._store = design, store
-        self.seeds = design.complete(store)
+        self.seeds: tuple[int, ...] = design.complete(store)
         self.changes: Mapping[str, Change] = reader.changes
         self.equal_time: Mapping[str, Change] = reader.equal_time
         self.adjusted_p: Mapping[str, float] = reader.adjusted_p
-        self.readings = reader.readings()
+        self.readings: list[str] = reader.readings()
 
     def values(self) -> dict[str, float | None]:
         """Return the tuned value of each arm, ``None`` where nothing was tuned."""

@@ -20,6 +20,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spanopt.compare.statistics import Change, changes
 
@@ -55,7 +56,7 @@ def width(losses: Sequence[float | None], baseline: Sequence[float | None]) -> f
     return 2 * half_width(float(values.std(ddof=1)), len(values)) if len(values) > 1 else math.inf
 
 
-def evidence(values: np.ndarray) -> float:
+def evidence(values: NDArray[np.float64]) -> float:
     """Return the logarithm of E, of differences against a mean of 0."""
     n = len(values)
     if n < 2:

@@ -27,7 +27,7 @@ class Wrap:
 
     def __init__(self, arm: Arm) -> None:
         self.arm = arm
-        self.calls = 0
+        self.calls: int = 0
         self._times: list[float] = []
         self._wrapped: list[SpanScaledOptimizer] = []
         self._held: list[Held] = []

@@ -32,8 +32,8 @@ class LayerFocus:
 
     def __init__(self, focus: Focus) -> None:
         self.focus = focus
-        self.keeping = focus.at(0)
-        self.reached = False
+        self.keeping: Keeping | None = focus.at(0)
+        self.reached: bool = False
 
     def acts(self, tap: Tap, args: Any, kwargs: Any) -> bool:
         """Return whether focus changes a call of the layer, as far as its arguments tell.

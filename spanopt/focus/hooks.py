@@ -105,8 +105,9 @@ class FocusHooks:
     def __init__(
         self, sites: list[AttentionSite], layers: Mapping[str, Focus | None], optimizer: Any
     ) -> None:
-        self.layers = {name: one for name, one in layers.items() if one is not None}
-        self.steps = 0
+        chosen = {name: one for name, one in layers.items() if one is not None}
+        self.layers: dict[str, Focus] = chosen
+        self.steps: int = 0
         self._of_module: dict[nn.Module, LayerFocus] = {}
         self._taps: list[Tap] = []
         self._handles: list[Any] = []

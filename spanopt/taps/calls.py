@@ -44,19 +44,19 @@ class Call:
         self, tap: Any, outer: Call | None, arguments: Any, given: GivenTokens = None
     ) -> None:
         self.tap = tap
-        self.name = tap.unique_name
+        self.name: Any = tap.unique_name
         self.outer = outer
         self.frame: FrameType | None = None
-        self.at = 0
+        self.at: int = 0
         if not torch.compiler.is_compiling():
             self.frame, self.at = calling_frame()
         self.given = given
         self.seen = False
         self.unmeasured = False
         self.projected = False
-        self.streams = Streams(arguments)
+        self.streams: Streams = Streams(arguments)
         self.scores: Notes[Any] = Notes()
-        self.trail = Trail()
+        self.trail: Trail = Trail()
 
     def is_over(self) -> bool:
         """Return whether an exception has ended the call and its hooks were not told."""
@@ -92,11 +92,11 @@ class _Thread(threading.local):
     def __init__(self) -> None:  # once in every thread; Dynamo guards on class attributes badly
         self.busy = False
         self.probing = False
-        self.calls = _Calls()
+        self.calls: _Calls = _Calls()
         self.tokens: Mapping[str, GivenTokens] | None = None
 
 
-thread = _Thread()
+thread: _Thread = _Thread()
 live_taps: weakref.WeakSet[Any] = weakref.WeakSet()
 taps_by_name: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spanopt.compiling import constant_when_traced
 from spanopt.taps.calls import thread
@@ -104,7 +104,7 @@ class NoteMasks(NotedMasks):
         except (TypeError, ValueError):  # a forward that is not written in Python
             parameters = {}
         self._names = tuple(parameters)
-        self.is_needed = any(
+        self.is_needed: bool = any(
             is_padding_name(name) or parameter.kind is parameter.VAR_KEYWORD
             for name, parameter in parameters.items()
         )
@@ -112,7 +112,7 @@ class NoteMasks(NotedMasks):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note the masks."""
         if torch.is_grad_enabled() or thread.probing:
-            self.masks = padding_masks([*zip(self._names, args), *kwargs.items()])  # noqa: B905
+            self.masks: list[Tensor] = padding_masks([*zip(self._names, args), *kwargs.items()])  # noqa: B905
 
     def __reduce__(self) -> tuple[Any, ...]:
         return no_hook, ()

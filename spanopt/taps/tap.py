@@ -81,6 +81,9 @@ class Tap(TorchFunctionMode):
             place. A tensor, as only the device knows.
     """
 
+    query: Rescaling
+    key: Rescaling
+
     def __init__(
         self,
         site: AttentionSite,
@@ -90,26 +93,26 @@ class Tap(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.site = site
-        self.unique_name = f"tap {next(_numbers)}"
+        self.unique_name: str = f"tap {next(_numbers)}"
         self.rescaling = rescaling
-        self.account = Account()
-        self.weights = OwnWeights(self.account, [])
-        self.entered = False
-        self.called = False
-        self.multiplied = False
+        self.account: Account = Account()
+        self.weights: OwnWeights = OwnWeights(self.account, [])
+        self.entered: bool = False
+        self.called: bool = False
+        self.multiplied: bool = False
         self.lost = False
-        self.connected = False
-        self.detached = False
+        self.connected: bool = False
+        self.detached: bool = False
         self.watcher: Watcher | None = None
         self.focus: Focusing | None = focusing_of.get(site.module)
         self.held = False
         self.removed = False
         self.noted: tuple[NotedMasks, ...] = ()
-        self.deferred = False
-        self.unclear = _counter(torch.device("cpu"))
+        self.deferred: bool = False
+        self.unclear: Tensor = _counter(torch.device("cpu"))
         self._handlers = handlers
         self._repeats = Repeats(site.name)
-        self.checkpoints = False
+        self.checkpoints: bool = False
         self.set_scale(scale)
         live_taps.add(self)
         taps_by_name[self.unique_name] = self

@@ -93,7 +93,7 @@ class Watchers:
     """
 
     def __init__(self, watchers: Sequence[Watcher]) -> None:
-        self.watchers = tuple(watchers)
+        self.watchers: tuple[Watcher, ...] = tuple(watchers)
 
     def gradients(self, *args: Any, **kwargs: Any) -> None:
         """Pass on :meth:`Watcher.gradients`."""
