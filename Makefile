@@ -86,7 +86,8 @@ lint: .venv/dev.stamp
 	$(PYTHON) -m venv .venv
 	$(PIP) pip  # dependency groups need pip 25.1
 
-# The wheel and the source distribution, into dist/, and the README's first snippet with the wheel alone.
+# The wheel and the source distribution, into dist/; then, with the wheel alone: the README's first snippet, and
+# whether every public type is known.
 package: .venv/package.stamp
 	rm -rf dist build
 	.venv/bin/python -m build --outdir dist .
@@ -95,6 +96,9 @@ package: .venv/package.stamp
 	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
 	awk '/^```python/ {on = 1; next} /^```/ {if (on) exit} on' README.md > build/snippet.py
 	cd build && fresh/bin/python -W error snippet.py && fresh/bin/spanopt --version
+	cd build && PATH="$$PWD/fresh/bin:$$PATH" ../.venv/bin/pyright --verifytypes spanopt --ignoreexternal
+	tar tzf dist/*.tar.gz | grep -q /tests/test_optimizer.py
+	tar tzf dist/*.tar.gz | grep -q /docs/index.md
 
 clean:
 	rm -rf .venv runs site dist build

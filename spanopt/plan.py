@@ -187,7 +187,7 @@ def plan(
     scaled = [site for site in sites if scales[site.name] is not None]
     _check_unclaimed(scaled)
     if parameters is not None:
-        _check_trained([site for site in scaled if site.certain], parameters)
+        _check_trained(model, [site for site in scaled if site.certain], parameters)
     return [
         LayerPlan(site, scales[site.name], rescalings[site.name], outputs.get(site.name))
         for site in sites
@@ -301,10 +301,18 @@ def _is_left_out(site: AttentionSite, trained: set[int]) -> bool:
     return bool(trainable) and not trainable & trained
 
 
-def _check_trained(sites: Sequence[AttentionSite], parameters: Iterable[Tensor]) -> None:
+def _check_trained(
+    model: nn.Module, sites: Sequence[AttentionSite], parameters: Iterable[Tensor]
+) -> None:
     trained = set(map(id, parameters))
     for site in sites:
         if _is_left_out(site, trained):
+            if trained.isdisjoint(map(id, model.parameters())):
+                raise ValueError(
+                    "the optimizer has none of this model's parameters: it was made of another "
+                    "model, or of another copy of this one. Make it of the parameters of the model "
+                    f"that you wrap it with, a {type(model).__name__}"
+                )
             raise ValueError(
                 f"layer {site.name!r} is to be scaled, but none of its trainable parameters is "
                 "in the optimizer: add them to it, or leave the layer alone with the scale None"

@@ -798,3 +798,12 @@ def test_both_kinds_of_layer_train_together():
         model(x).pow(2).mean().backward()
         optimizer.step()
     assert optimizer.hooks.unseen() == ["score", "packed"]  # forgotten after each step
+
+
+def test_an_optimizer_of_another_copy_of_the_model_is_told_so():
+    model = torch.nn.TransformerEncoderLayer(16, nhead=2)
+    other = copy.deepcopy(model)
+    bare = torch.optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"another copy of this one.* a TransformerEncoderLayer"):
+        SpanScaledOptimizer(bare, model, (2.0, 1.0))
+    SpanScaledOptimizer(bare, other, (2.0, 1.0))

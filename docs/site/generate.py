@@ -39,6 +39,16 @@ GROUPS = {
         "spanopt.integrations.transformers.SpanScaledCallback",
         "spanopt.integrations.lightning.SpanScaledCallback",
     ],
+    "Comparing": [
+        "spanopt.compare.compare",
+        "spanopt.compare.Comparison",
+        "spanopt.compare.Arm",
+    ],
+    "Extending": [
+        "spanopt.taps.register",
+        "spanopt.setups.setup",
+        "spanopt.setups.Setup",
+    ],
     "Errors": ["spanopt.UnscaledLayerError"],
 }
 
@@ -58,7 +68,9 @@ def write_reference() -> None:
         index += [f"## {group}", ""]
         order.append(f"- {group}")
         for path in paths:
-            name = path.removeprefix("spanopt.").removeprefix("integrations.")
+            name = (
+                path.removeprefix("spanopt.").removeprefix("integrations.").removeprefix("compare.")
+            )
             index.append(f"- [`{path}`]({page_of(path)})")
             order.append(f"    - [{name}]({page_of(path)})")
             options = "    options: {inherited_members: true}\n" if path in INHERITING else ""

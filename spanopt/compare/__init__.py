@@ -5,8 +5,8 @@
     result = compare(train, arms={"(2, 1)": (2, 1)}, seeds=10)
     print(result)
 
-It needs SciPy, rich and matplotlib: ``pip install "spanopt[compare]"``. They are imported when they
-are used, so that ``import spanopt`` does without. What is in which file:
+It needs SciPy, rich and matplotlib: ``pip install ".[compare]"`` in a clone. They are imported when
+they are used, so that ``import spanopt`` does without. What is in which file:
 
 - ``arms`` says what is compared, ``wrapping`` puts it on the user's optimizer, ``trial`` calls the
   user's function once;

@@ -214,7 +214,8 @@ def _check_packages() -> None:
     missing = [x for x in ("scipy", "rich", "matplotlib") if importlib.util.find_spec(x) is None]
     if missing:
         raise ImportError(
-            f'comparing needs {", ".join(missing)}, not installed: pip install "spanopt[compare]"'
+            f"spanopt.compare needs {', '.join(missing)}, which is not installed: install spanopt "
+            "with its extra: pip install '.[compare]' in a clone"
         )
 
 

@@ -234,7 +234,7 @@ def test_the_picture_is_written(tmp_path):
 
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install \"spanopt\[compare\]\""):
+    with pytest.raises(ImportError, match=r"pip install '.\[compare\]' in a clone"):
         compare(simulated, {"(2, 1)": (2, 1)}, seeds=2, **BARE)
 
 
