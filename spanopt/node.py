@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -203,9 +205,19 @@ def switch_on(
     return _SwitchOn.apply(x, switch, padding, mask, 1.0 if side == "query" else -1.0)
 
 
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
+
+
+def _signed(forward: _Forward) -> _Forward:
+    """Note the signature of a node's forward, which autograd would work out in each call."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
+
+
 # The factors are attributes of ctx: saved for backward, a later change would be a version error.
 class _RescalingNode(torch.autograd.Function):
     @staticmethod
+    @_signed
     def forward(
         x: Tensor,
         rescaling: Rescaling,
@@ -235,6 +247,7 @@ class _RescalingNode(torch.autograd.Function):
 
 class _SwitchedNode(torch.autograd.Function):
     @staticmethod
+    @_signed
     def forward(
         x: Tensor,
         query: Rescaling,
@@ -272,6 +285,7 @@ class _SwitchedNode(torch.autograd.Function):
 
 class _SwitchOn(torch.autograd.Function):
     @staticmethod
+    @_signed
     def forward(
         x: Tensor, switch: Tensor, padding: Tensor, mask: Tensor | None, sign: float
     ) -> Tensor:

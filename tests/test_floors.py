@@ -132,7 +132,7 @@ def test_within_a_package_no_imports_go_round(package):
 def test_the_mathematics_and_the_lowest_floors_import_torch_alone(name):
     assert own_imports(name) <= ONLY[name]
     standard = {"__future__", "collections", "contextlib", "typing", "math", "importlib", "sys"}
-    standard |= {"types", "weakref", "fnmatch", "re", "difflib", "dataclasses"}
+    standard |= {"types", "weakref", "fnmatch", "re", "difflib", "dataclasses", "itertools"}
     others = {full.split(".")[0] for full in imports(MODULES[name].read_text(encoding="utf-8"))}
     assert others - {"spanopt", "torch"} <= standard
 

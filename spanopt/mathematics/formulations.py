@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from spanopt.mathematics import whitening
-from spanopt.mathematics.whitening import Total
+from spanopt.mathematics.spans import Total
 
 __all__ = ["combined"]
 

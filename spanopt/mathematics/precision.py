@@ -46,7 +46,10 @@ def matmul_eps(dtype: torch.dtype) -> float:
 
 def full_precision(device_type: str) -> AbstractContextManager[Any]:
     """Keep autocast from sending matrix products to half precision."""
-    if _has_autocast(device_type):
+    if not _has_autocast(device_type):
+        return nullcontext()
+    # Entering the context takes longer than asking whether it is needed.
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from spanopt.mathematics.checks import check_factors, check_tensors
 from spanopt.mathematics.formulations import combined
 from spanopt.mathematics.precision import compute_dtype
-from spanopt.mathematics.whitening import Total
+from spanopt.mathematics.spans import Total
 
 __all__ = ["rescale", "rescale_by_document"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -21,8 +22,9 @@ from projection.samplers import (
     gradient_of,
     normal,
 )
-from spanopt.node import span_node, uniform_node
+from spanopt.node import span_node, switch_on, switched_node, uniform_node
 from spanopt.projection import rescale
+from spanopt.rescaling import Rescaling
 
 # The nodes.
 
@@ -132,6 +134,19 @@ def test_double_backward_applies_the_linear_map_again_and_holds_the_basis_consta
     linear = a * P + b * (eye - P) if kind == "span" else a * eye
     assert_near(first, linear @ hessian @ q.detach(), 1e-12, hessian)
     assert_near(second, linear @ hessian @ linear @ v, 1e-12, hessian)
+
+
+def test_no_call_of_a_node_works_out_its_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes as long as the rest of the call."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a signature is worked out")
+
+    q = normal(N, D).requires_grad_()
+    monkeypatch.setattr(inspect, "_signature_from_function", refuse)
+    span_node(q, torch.tensor(2.0), torch.tensor(1.0))
+    y, switch, padding = switched_node(q, Rescaling(), Rescaling())
+    switch_on(y, switch, padding, side="query")
 
 
 def test_nodes_build_no_graph_when_gradients_are_off() -> None:

@@ -17,6 +17,7 @@ from speed.measure import counting_saved, live_bytes
 
 SMALL = {
     "decoder": replace(CASES["demo"], width=64, heads=4, length=48, batch=2, layers=2),
+    "wide heads": replace(CASES["decoder N=512"], width=256, heads=2, length=40, batch=2),
     "gqa": replace(CASES["Llama-like GQA"], width=64, heads=4, kv_heads=2, length=48, batch=2),
     "vit": replace(CASES["ViT-B/16"], width=64, heads=4, length=50, batch=2),
     "encoder": replace(CASES["padded encoder"], width=64, heads=4, length=48, batch=2),
@@ -41,8 +42,13 @@ def flops(case, scales):
 def product_flops(case, tokens=1):
     """Those of matrix products in the projections: of tokens by d, and of d x d."""
     d = case.width // case.heads
-    of_head = 10 * tokens * case.length * d**2 + 6 * d**3
+    of_head = 10 * tokens * case.length * d**2 + 6 * d**3 + 2 * block_flops(d)
     return case.layers * case.batch * (case.heads + case.key_heads) * of_head
+
+
+def block_flops(d):
+    """Those of the products in the inverse of a Cholesky factor: none up to 32 x 32."""
+    return 0 if d <= 32 else d**3 + 2 * block_flops(d // 2)
 
 
 @pytest.mark.parametrize("kind", SMALL)

@@ -1,0 +1,41 @@
+"""Inverses of Cholesky factors, from blocks that are small enough for a fast factorisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["inverse_factor"]
+
+# On a CPU the factorisation of a 64 x 64 matrix takes seven times as long as one of half its size.
+_LARGEST = 32
+
+
+def inverse_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return T = L^{-T}, so that T T^T inverts matrix = L L^T, and above 0 where there is none.
+
+    Args:
+        matrix: Positive definite, shape (matrices, d, d).
+    """
+    d = matrix.shape[-1]
+    identity = torch.eye(d, dtype=matrix.dtype, device=matrix.device)
+    return _inverse_factor(matrix, identity, _LARGEST if matrix.device.type == "cpu" else d)
+
+
+def _inverse_factor(matrix: Tensor, identity: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    d = matrix.shape[-1]
+    if d <= largest:
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        # Solving T L^T = I, in column-major order, is twice as fast as L T^T = I on a CPU.
+        identity = identity[:d, :d].mT
+        return torch.linalg.solve_triangular(factor.mT, identity, upper=True, left=False), failed
+    half = d // 2
+    first, failed = _inverse_factor(matrix[:, :half, :half], identity, largest)
+    above = torch.bmm(first.mT, matrix[:, :half, half:])
+    rest = torch.baddbmm(matrix[:, half:, half:], above.mT, above, alpha=-1)
+    last, failed_too = _inverse_factor(rest, identity, largest)
+    inverse = torch.zeros_like(matrix)
+    inverse[:, :half, :half] = first
+    inverse[:, :half, half:] = torch.bmm(first, torch.bmm(above, last)).neg_()
+    inverse[:, half:, half:] = last
+    return inverse, failed + failed_too

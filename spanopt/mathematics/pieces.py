@@ -1,0 +1,64 @@
+"""Pieces of a batch: those that fit in a CPU's cache, and those that a product takes uncopied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from math import prod
+
+from torch import Tensor
+
+__all__ = ["Index", "cuts", "stacks"]
+
+Index = tuple[int | slice, ...]
+
+# 2 MiB in float32: what is computed from a piece stays in a cache of some MiB, and the calls for
+# it take little beside its arithmetic.
+_PIECE = 2**19
+# What is smaller is copied in less time than another call takes.
+_STACK = 2**15
+
+
+def cuts(shape: tuple[int, ...]) -> list[Index]:
+    """Return where the leading dimensions of a tensor ``(..., N, d)`` are cut into pieces.
+
+    Args:
+        shape: The shape of the tensor.
+
+    Returns:
+        An index of the tensor for each piece. ``[()]`` is all of it.
+
+    Example:
+        >>> cuts((4, 12, 512, 64))[:2]
+        [(slice(0, 1, None),), (slice(1, 2, None),)]
+    """
+    return list(_cut(tuple(shape)))
+
+
+def _cut(shape: tuple[int, ...]) -> Iterator[Index]:
+    entries = prod(shape[1:])
+    if len(shape) < 3 or shape[0] * entries <= _PIECE:
+        yield ()
+    elif len(shape) > 3 and entries > _PIECE:
+        for i in range(shape[0]):
+            for index in _cut(shape[1:]):
+                yield i, *index
+    else:  # in parts of nearly one size
+        parts = -(-shape[0] // max(1, _PIECE // entries))
+        for start, end in pairwise(i * shape[0] // parts for i in range(parts + 1)):
+            yield (slice(start, end),)
+
+
+def stacks(x: Tensor) -> list[Tensor]:
+    """Return a tensor ``(..., N, d)`` as views ``(matrices, N, d)``, one after the other.
+
+    Returns:
+        One view of all of it where its strides allow that. Otherwise one for each item of the first
+        dimension, or none at all where these are many and small, or have more dimensions.
+    """
+    leading = range(x.ndim - 2)
+    if all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in leading[:-1]):
+        return [x[None] if x.ndim == 2 else x.flatten(0, -3)]
+    if x.ndim == 4 and prod(x.shape[1:]) >= _STACK:
+        return [x[i] for i in range(len(x))]  # views of `unbind` must not be written to
+    return []

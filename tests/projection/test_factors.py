@@ -1,0 +1,30 @@
+"""Inverses of Cholesky factors, in one block and in several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from projection.samplers import normal
+from spanopt.mathematics.factors import inverse_factor
+
+
+@pytest.mark.parametrize("d", [1, 2, 31, 32, 33, 64, 65, 96, 131])
+def test_it_is_upper_triangular_and_inverts_the_matrix(d: int) -> None:
+    root = normal(3, 2 * d, d)
+    matrix = root.mT @ root
+    inverse, failed = inverse_factor(matrix)
+    assert not failed.any()
+    assert torch.equal(inverse, inverse.triu())
+    torch.testing.assert_close(inverse.mT @ matrix @ inverse, torch.eye(d).double().expand(3, d, d))
+
+
+@pytest.mark.parametrize("place", [0, 20, 40, 69])
+def test_a_matrix_without_a_factor_is_marked_and_the_others_are_as_before(place: int) -> None:
+    root = normal(3, 140, 70)
+    matrix = root.mT @ root
+    expected, _ = inverse_factor(matrix)
+    matrix[1, place, place] = -1.0
+    inverse, failed = inverse_factor(matrix)
+    assert (failed > 0).tolist() == [False, True, False]
+    assert torch.equal(inverse[[0, 2]], expected[[0, 2]])
