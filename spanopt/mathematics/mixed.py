@@ -1,0 +1,114 @@
+"""CholeskyQR2 with products of half precision: operands of 16 bits, sums in float32.
+
+Where Q and its gradient are bfloat16 or float16, the products over tokens read them as they are, as
+tensor cores do, with no float32 copy of either. Matrices of d x d are kept in float32 and enter a
+product as two terms of half precision, so they lose no digit that the result has.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spanopt.mathematics import whitening
+from spanopt.mathematics.magnitudes import inverse_power, largest_entries
+from spanopt.mathematics.precision import default_ridge, full_precision
+from spanopt.mathematics.spans import Total
+
+__all__ = ["combined", "why_not"]
+
+_EPS = torch.finfo(torch.float32).eps
+
+
+def why_not(basis: Tensor, x: Tensor, total: Total | None) -> str:
+    """Return why the tensors can't be computed in this way, and nothing if they can."""
+    if basis.dtype not in (torch.bfloat16, torch.float16) or x.dtype != basis.dtype:
+        found = f"{basis.dtype} and {x.dtype}"
+        return f"it takes Q and its gradient both in bfloat16 or both in float16, not in {found}"
+    if total is not None:
+        return "it takes no sequences whose tokens are spread over processes"
+    if torch.is_grad_enabled() and x.requires_grad:
+        return "it has no second derivative"
+    return ""
+
+
+def combined(
+    basis: Tensor,
+    x: Tensor,
+    *,
+    ridge: float | None,
+    mask: Tensor | None,
+    factor: Tensor | None = None,
+    rest: Tensor | None = None,
+) -> Tensor:
+    """Return ``factor * P x + rest * x``: see :func:`spanopt.mathematics.formulations.combined`.
+
+    Its error is that of two roundings to the dtype of Q, where the result's own is one of them.
+    """
+    if basis.numel() == 0 or x.numel() == 0:
+        return whitening.combined(basis, x, ridge=ridge, mask=mask, factor=factor, rest=rest)
+    ridge = max(default_ridge(torch.float32), ridge or 0.0)
+    with full_precision(basis.device.type):
+        q = _scaled(_matrices(basis.detach(), mask))
+        identity = torch.eye(q.shape[-1], device=q.device).expand(q.shape[0], -1, -1)
+        gram = _product(q.mT, q)
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        trace = diagonal.sum(-1, keepdim=True)
+        trace = trace.masked_fill(trace == 0, 1)
+        diagonal.add_(trace, alpha=max(8 * _EPS, ridge))
+        inverse, failed = _inverse_factor(gram, identity)
+        whitened = _times(q, inverse).to(q.dtype)
+        ridged = (inverse * (ridge * trace)[..., None]).mT
+        second = torch.baddbmm(_product(whitened.mT, whitened), ridged, inverse)
+        inverse, failed_again = _inverse_factor(second, identity)
+        valid = torch.ones_like(trace).masked_fill_((failed + failed_again > 0)[:, None], torch.nan)
+        weight = valid.view(*basis.shape[:-2], 1, 1)
+        if factor is not None:
+            weight = weight * factor
+        inner = _product(whitened.mT, _matrices(x, mask)) * weight.reshape(-1, 1, 1)
+        result = _times(whitened, inverse @ (inverse.mT @ inner)).view(x.shape)
+    if rest is not None:
+        result.addcmul_(x, rest)
+    return result.to(x.dtype)
+
+
+def _matrices(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return x as (matrices, N, d), with zeros for masked tokens; it may be a view of x."""
+    if mask is not None:
+        x = x.masked_fill(~mask[..., None], 0)
+    return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+
+
+def _scaled(q: Tensor) -> Tensor:
+    """Return each matrix times a power of two, so that float32 can add up squares of its entries.
+
+    Those of float16 it always can.
+    """
+    if q.dtype == torch.float16:
+        return q
+    return q * inverse_power(largest_entries(q).float()).to(q.dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the products of matrices of half precision, in float32."""
+    if a.is_cuda:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """Return the products of matrices of half precision with float32 ones, in float32."""
+    scale = None
+    if a.dtype == torch.float16:  # whose range is short
+        scale = inverse_power(largest_entries(b))
+        b = b * scale
+    high = b.to(a.dtype)
+    low = (b - high).to(a.dtype)
+    result = _product(a, high).add_(_product(a, low))
+    return result if scale is None else result.div_(scale)
+
+
+def _inverse_factor(matrix: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:
+    """Return T with T T^T the inverse of a matrix, and above 0 where there is none."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.solve_triangular(factor, identity, upper=False).mT, failed
