@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spanopt.mathematics import whitening
+from spanopt.mathematics.factors import inverse_factor
 from spanopt.mathematics.magnitudes import inverse_power, largest_entries
 from spanopt.mathematics.precision import default_ridge, full_precision
 from spanopt.mathematics.spans import Total
@@ -50,17 +51,16 @@ def combined(
     ridge = max(default_ridge(torch.float32), ridge or 0.0)
     with full_precision(basis.device.type):
         q = _scaled(_matrices(basis.detach(), mask))
-        identity = torch.eye(q.shape[-1], device=q.device).expand(q.shape[0], -1, -1)
         gram = _product(q.mT, q)
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
         trace = diagonal.sum(-1, keepdim=True)
         trace = trace.masked_fill(trace == 0, 1)
         diagonal.add_(trace, alpha=max(8 * _EPS, ridge))
-        inverse, failed = _inverse_factor(gram, identity)
+        inverse, failed = inverse_factor(gram)
         whitened = _times(q, inverse).to(q.dtype)
         ridged = (inverse * (ridge * trace)[..., None]).mT
         second = torch.baddbmm(_product(whitened.mT, whitened), ridged, inverse)
-        inverse, failed_again = _inverse_factor(second, identity)
+        inverse, failed_again = inverse_factor(second)
         valid = torch.ones_like(trace).masked_fill_((failed + failed_again > 0)[:, None], torch.nan)
         weight = valid.view(*basis.shape[:-2], 1, 1)
         if factor is not None:
@@ -106,9 +106,3 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
     low = (b - high).to(a.dtype)
     result = _product(a, high).add_(_product(a, low))
     return result if scale is None else result.div_(scale)
-
-
-def _inverse_factor(matrix: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:
-    """Return T with T T^T the inverse of a matrix, and above 0 where there is none."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    return torch.linalg.solve_triangular(factor, identity, upper=False).mT, failed
