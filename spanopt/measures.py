@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from spanopt.setups import SPAN
 from spanopt.taps.watcher import Watched
 
-__all__ = ["MEASURES", "by_head", "entropies", "floating", "measure", "score_entropies"]
+__all__ = ["MEASURES", "by_head", "entropies", "floating", "measure", "score_chunks"]
 
 MEASURES = (
     "parallel_energy",
@@ -24,7 +25,7 @@ MEASURES = (
     "norm_after",
     "entropy",
 )
-# Attention weights that are computed at once, to measure their entropy.
+# Scores that are computed at once.
 _CHUNK = 2**24
 
 
@@ -74,15 +75,15 @@ def _singular_values(x: Tensor) -> Tensor:
     return torch.where(finite, singular, math.nan)
 
 
-def score_entropies(
+def score_chunks(
     query: Tensor,
     key: Tensor,
     mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-) -> Tensor:
-    """Return the entropies of the weights that a call of ``scaled_dot_product_attention`` computes.
+) -> Iterator[Tensor]:
+    """Yield the scores that a call of ``scaled_dot_product_attention`` computes, masks included.
 
     Args:
         query: Shape ``(..., H, N, d)``.
@@ -92,8 +93,8 @@ def score_entropies(
         scale: Factor of the scores; ``None`` for 1 / sqrt(d).
         enable_gqa: Whether several query heads share a key head.
 
-    Returns:
-        One value a query in nats, shape ``(..., H, N)``.
+    Yields:
+        Shape ``(..., H, n, M)`` for n queries, in order, so that memory is bounded.
     """
     query, key = query.detach(), key.detach()
     if enable_gqa:
@@ -101,7 +102,6 @@ def score_entropies(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     queries, keys = query.shape[-2], key.shape[-2]
     size = max(1, _CHUNK // max(1, query.shape[:-2].numel() * keys))
-    parts = []
     for first in range(0, queries, size):
         part = floating(query[..., first : first + size, :]) @ floating(key).mT * scale
         if is_causal:
@@ -111,8 +111,7 @@ def score_entropies(
         if mask is not None:
             rows_of = mask if mask.shape[-2] == 1 else mask[..., first : first + size, :]
             part = _masked(part, rows_of)
-        parts.append(entropies(part.softmax(-1)))
-    return torch.cat(parts, -1)
+        yield part
 
 
 def by_head(x: Tensor) -> Tensor:

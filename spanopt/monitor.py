@@ -15,6 +15,7 @@ from spanopt.picture import draw
 from spanopt.reports import Reports
 from spanopt.rows import read_rows
 from spanopt.sample import Sample, unmeasured
+from spanopt.scores_reading import reading_of
 
 __all__ = ["SpanMonitor"]
 
@@ -58,6 +59,9 @@ class SpanMonitor:
     ``entropy``
         Of a query's attention weights, in nats, mean over queries; on the query side only, and
         ``None`` where attention can't be seen (``qk_modules=``).
+    ``dispersion`` and eight more
+        Of the scores, with ``scores=True``, on the query side only: whether attention to ``keys``
+        keys could pay, see :data:`spanopt.scores.SCORE_MEASURES` and :meth:`reading`.
     ``problem``
         Why a value is missing: ``None`` if none is, else a text such as ``"condition is inf"``.
         Values are finite numbers or ``None``.
@@ -73,13 +77,15 @@ class SpanMonitor:
         run: A run of Weights & Biases, as ``wandb.init`` returns it, for the mean over heads; by
             default none.
         start: Number of the first step, where training is resumed; 0 by default.
+        scores: Whether attention scores are measured too; false by default.
+        keys: How many keys these measures are about: a whole number above 0, 8 by default.
 
     Attributes:
         rows: What was measured, as dicts, such as ``pandas.DataFrame`` takes.
 
     Raises:
         TypeError: ``optimizer`` is not a :class:`~spanopt.SpanScaledOptimizer`.
-        ValueError: ``every`` is not a whole number above 0.
+        ValueError: ``every`` or ``keys`` is not a whole number above 0.
         OSError: ``path`` can't be written to.
 
     Example:
@@ -107,16 +113,21 @@ class SpanMonitor:
         writer: Any = None,
         run: Any = None,
         start: int = 0,
+        scores: bool = False,
+        keys: int = 8,
     ) -> None:
         if not isinstance(optimizer, SpanScaledOptimizer):
             raise TypeError(
                 "SpanMonitor measures a wrapped optimizer, a SpanScaledOptimizer, got "
                 f"{type(optimizer).__name__}"
             )
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number above 0, got {every!r}")
+        for name, number in (("every", every), ("keys", keys)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} must be a whole number above 0, got {number!r}")
         self.rows: list[dict[str, Any]] = []
         self._every = every
+        self._keys = keys
+        self._scores = scores
         self._reports = Reports(path, writer, run)
         self._step = start
         self._next: float = start
@@ -130,7 +141,7 @@ class SpanMonitor:
         self._arm(optimizer)
 
     def _arm(self, optimizer: SpanScaledOptimizer) -> None:
-        self._sample = Sample()
+        self._sample = Sample(self._keys if self._scores else None)
         self._stops.append(optimizer.hooks.watch(self._sample))
 
     def _disarm(self) -> None:
@@ -233,6 +244,16 @@ class SpanMonitor:
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
+
+    def reading(self) -> str:
+        """Say in which layers attention to fewer keys could pay, by the last measured step.
+
+        See :func:`spanopt.scores_reading.reading_of`; it takes the rows of a file too.
+
+        Raises:
+            ValueError: No scores have been measured.
+        """
+        return reading_of(self.rows, self._keys)
 
     @staticmethod
     def read(path: str | Path) -> list[dict[str, Any]]:

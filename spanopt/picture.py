@@ -22,13 +22,22 @@ _LABELS = {
     "norm_before": "norm before scaling",
     "norm_after": "norm after scaling",
     "entropy": "attention entropy (nats)",
+    "dispersion": "dispersion of the scores",
+    "top_dispersion": "dispersion of the k largest scores",
+    "separation": "separation of the k-th score and the next",
+    "unchosen": "share of keys among the k largest of no query",
+    "popular": "share of queries that choose the most popular key",
+    "sink_ratio": "sink ratio",
+    "jacobian": "largest eigenvalue of the softmax's Jacobian",
+    "lambda_w": "condition on weights, met below 1",
+    "lambda_x": "condition on inputs, met below 1",
 }
 _TITLES = {
     "parallel_share": "Share of the gradient's energy that is in the parallel span",
     "cosine": "Cosine between the gradient before and after scaling",
 }
 _LOGARITHMIC = {"parallel_energy", "violation_energy", "condition", "norm_before", "norm_after"}
-_SHARES = {"parallel_share", "chance_share"}
+_SHARES = {"parallel_share", "chance_share", "unchosen", "popular"}
 
 
 def draw(rows: list[dict[str, Any]], column: str) -> Any:
@@ -36,7 +45,8 @@ def draw(rows: list[dict[str, Any]], column: str) -> Any:
 
     Args:
         rows: From :attr:`spanopt.SpanMonitor.rows`.
-        column: One of :data:`spanopt.measures.MEASURES`.
+        column: One of :data:`spanopt.measures.MEASURES` or
+            :data:`spanopt.scores.SCORE_MEASURES`.
 
     Returns:
         The ``matplotlib.figure.Figure``.
@@ -45,14 +55,15 @@ def draw(rows: list[dict[str, Any]], column: str) -> Any:
         ImportError: matplotlib is not installed.
         ValueError: No row has a value in this column, or there is no such column.
     """
-    if column not in MEASURES:
+    if column not in _LABELS:
         raise ValueError(
-            f"no column is named {column!r}; the columns are {', '.join(MEASURES)}. To save the "
+            f"no column is named {column!r}; the columns are {', '.join(_LABELS)}. To save the "
             "picture, pass path="
         )
     means = _means(rows, column)
     if not means:
-        raise ValueError(f"no row has a value of {column}")
+        advice = "" if column in MEASURES else ": give SpanMonitor scores=True"
+        raise ValueError(f"no row has a value of {column}{advice}")
     matplotlib, figures = _matplotlib()
     sides = [side for side in ("query", "key") if side in means]
     layers = list(dict.fromkeys(row["layer"] for row in rows))
@@ -87,7 +98,7 @@ def _means(rows: list[dict[str, Any]], column: str) -> dict[str, dict[tuple[str,
     """Return the mean over heads by side, layer and step, where there is a value."""
     heads: dict[str, dict[tuple[str, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row[column] is not None:
+        if row.get(column) is not None:
             heads[row["side"]][row["layer"], row["step"]].append(row[column])
     return {
         side: {place: math.fsum(values) / len(values) for place, values in of_side.items()}

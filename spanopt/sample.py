@@ -6,18 +6,20 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spanopt.measures import MEASURES, by_head, entropies, floating, measure, score_entropies
+from spanopt.measures import MEASURES, by_head, entropies, floating, measure, score_chunks
+from spanopt.scores import SCORE_MEASURES, measure_scores
 from spanopt.shards import is_spread
 from spanopt.taps.watcher import Watched
 
 __all__ = ["Sample", "means", "unmeasured"]
 
+_CHUNK = 256  # queries of whose weights the logarithms are taken at once
 _NO_GRADIENT = "no gradient of Q and K was seen: compiled code ran, or nothing there is trained"
 
 
@@ -42,9 +44,16 @@ class Sample:
 
     Values stay on the device until :meth:`rows` is called. What can't be measured is noted, and
     raises nothing.
+
+    Args:
+        keys: How many keys the measures of scores are about, see :mod:`spanopt.scores`; ``None`` if
+            scores are not measured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keys: int | None = None) -> None:
+        self._keys = keys
+        self._columns = MEASURES if keys is None else (*MEASURES, *SCORE_MEASURES)
+        self._scores: dict[str, list[dict[str, Tensor]]] = defaultdict(list)
         self._sides: dict[tuple[str, str], list[dict[str, Tensor]]] = defaultdict(list)
         self._entropies: dict[str, list[Tensor]] = defaultdict(list)
         self._merged: set[tuple[str, str]] = set()
@@ -80,14 +89,16 @@ class Sample:
         if is_spread(query) or 0 in (query.numel(), key.numel()):
             return
         with torch.autocast(query.device.type, enabled=False):
-            entropies = score_entropies(query, key, mask, is_causal, scale, enable_gqa)
-            self._note_entropies(layer, entropies, real)
+            chunks = score_chunks(query, key, mask, is_causal, scale, enable_gqa)
+            self._note_scores(layer, chunks, real)
 
     @_contained
     def weights(self, layer: str, weights: Tensor, real: Tensor | None) -> None:
         """Take attention weights, see :meth:`spanopt.taps.watcher.Watcher.weights`."""
         if weights.numel():
-            self._note_entropies(layer, entropies(floating(weights)), real)
+            # Their logarithms are the scores, but for a number that is the same for a whole row.
+            chunks = floating(weights).log().split(_CHUNK, -2)
+            self._note_scores(layer, chunks, real)
 
     def failed(self, layer: str, side: str | None, reason: str) -> None:
         """Note what was not measured, see :meth:`spanopt.taps.watcher.Watcher.failed`."""
@@ -97,11 +108,24 @@ class Sample:
         """Note that attention ran, see :meth:`spanopt.taps.watcher.Watcher.ran`."""
         self._ran.add(layer)
 
-    def _note_entropies(self, layer: str, entropies: Tensor, real: Tensor | None) -> None:
-        """Take the entropies of queries, shape (..., H, N)."""
+    def _note_scores(self, layer: str, chunks: Iterable[Tensor], real: Tensor | None) -> None:
+        """Take scores with their masks in chunks of queries, shape (..., H, n, M)."""
+        parts: list[Tensor] = []
+
+        def by_heads() -> Iterator[Tensor]:
+            for scores in chunks:
+                parts.append(entropies(scores.softmax(-1)))
+                yield by_head(scores)
+
+        if self._keys is None:
+            for _ in by_heads():
+                pass
+        else:
+            self._scores[layer].append(measure_scores(by_heads(), self._keys, _real(real)))
+        of_queries = torch.cat(parts, -1)
         if real is not None:
-            entropies = torch.where(real.to(entropies.device), entropies, math.nan)
-        self._entropies[layer].append(by_head(entropies[..., None]).nanmean((0, 2, 3)))
+            of_queries = torch.where(real.to(of_queries.device), of_queries, math.nan)
+        self._entropies[layer].append(by_head(of_queries[..., None]).nanmean((0, 2, 3)))
 
     def rows(self, step: int, layers: list[str]) -> list[dict[str, Any]]:
         """Return the rows of the step, in the order of the layers.
@@ -136,6 +160,14 @@ class Sample:
         entropies = self._entropies.get(layer, []) if side == "query" else []
         if entropies and len(entropies[0]) == heads:
             columns["entropy"] = _stacked(entropies)
+        scores = self._scores.get(layer, []) if side == "query" else []
+        if scores and len(scores[0]["dispersion"]) == heads:
+            measured = {name: _stacked([call[name] for call in scores]) for name in scores[0]}
+            for name, values in measured.items():
+                if any(map(math.isfinite, itertools.chain(*values))):
+                    columns[name] = values
+            if "separation" not in columns:
+                failures.append(f"scores: no query sees more than {self._keys} keys")
         return [
             _row(
                 step,
@@ -144,6 +176,7 @@ class Sample:
                 None if (layer, side) in self._merged else head,
                 {name: values[head] for name, values in columns.items()},
                 failures,
+                self._columns,
             )
             for head in range(heads)
         ]
@@ -156,6 +189,7 @@ def _row(
     head: int | None,
     values: dict[str, list[float]],
     problems: list[str],
+    columns: Sequence[str] = MEASURES,
 ) -> dict[str, Any]:
     """Return a row of averages over backward passes, with finite numbers and ``None`` only."""
     averages: dict[str, float | None] = {}
@@ -175,7 +209,7 @@ def _row(
         else:
             problems.append("the gradient is zero")
     row: dict[str, Any] = {"step": step, "layer": layer, "side": side, "head": head}
-    row |= {column: averages.get(column) for column in MEASURES}
+    row |= {column: averages.get(column) for column in columns}
     row["problem"] = "; ".join(problems) or None
     return row
 
@@ -202,11 +236,20 @@ def means(rows: list[dict[str, Any]]) -> dict[str, float]:
         The means by ``"span/<layer>/<side>/<measure>"``, without those that have no value.
     """
     values: dict[str, list[float]] = defaultdict(list)
-    for row, column in itertools.product(rows, MEASURES):
-        if row[column] is not None:
+    for row, column in itertools.product(rows, (*MEASURES, *SCORE_MEASURES)):
+        if row.get(column) is not None:
             layer = row["layer"] or "model"
             values[f"span/{layer}/{row['side']}/{column}"].append(row[column])
     return {name: math.fsum(heads) / len(heads) for name, heads in values.items()}
+
+
+def _real(real: Tensor | None) -> Tensor | None:
+    """Return which queries are real, shape (B, H or 1, N), of what broadcasts to (..., H, N)."""
+    if real is None:
+        return None
+    if real.ndim < 3:
+        return real.reshape(-1, 1, real.shape[-1])
+    return real.flatten(1, -2)
 
 
 def _stacked(values: list[Tensor]) -> list[list[float]]:

@@ -19,7 +19,7 @@ FLOORS = """
     monitor
     reports
     sample picture
-    measures rows inspection
+    measures scores scores_reading rows inspection
     guessing
     scheduler
     schedules optimizer

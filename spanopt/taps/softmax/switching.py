@@ -40,12 +40,14 @@ def softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         if not product.swapped:
             product.swapped.append(sides[0] is scores.axes[0])
         x, real = _switch_on(tap, x, product, scores.read)
+    unfocused = x
     if tap.focus is not None:
         x = tap.focus.scores(tap, x, axis, scores.axes[sides[0] is scores.axes[0]])
     weights = func(x, *rest, **kwargs)
     watcher = tap.watching()
     if watcher is not None:
-        by_query = weights.detach() if axis == -1 else weights.detach().transpose(axis, -1)
+        of_all = weights if x is unfocused else func(unfocused.detach(), *rest, **kwargs)
+        by_query = of_all.detach() if axis == -1 else of_all.detach().transpose(axis, -1)
         watcher.weights(tap.site.name, by_query, real)
     return carry(tap, weights, WEIGHTS)
 
