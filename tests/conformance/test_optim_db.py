@@ -73,16 +73,19 @@ def optimizer_of(info, kwargs, model):
 
 def train(model, optimizer, device, steps=3, first=0, scheduler=None, scaler=None):
     """Take steps; return the parameters, or the error that the first of them raises."""
+    line_searches = isinstance(unwrapped(optimizer), torch.optim.LBFGS)
+    # The loss has no maximum, and L-BFGS would go on to parameters that are not finite.
+    upside_down = line_searches and optimizer.param_groups[0].get("maximize", False)
     for step in range(first, first + steps):
         batch = tokens(step, device)
 
         def closure(batch=batch):
             optimizer.zero_grad()
-            loss = 100 * model(batch).square().sum()
+            loss = (-100 if upside_down else 100) * model(batch).square().sum()
             (loss if scaler is None else scaler.scale(loss)).backward()
             return loss
 
-        if isinstance(unwrapped(optimizer), torch.optim.LBFGS):
+        if line_searches:
             loss = optimizer.step(closure)
         else:
             loss = closure()

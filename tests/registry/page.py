@@ -16,8 +16,14 @@ MEANINGS = {
 }
 
 
-def page(rows):
-    """Return the page, as Markdown."""
+def page(rows, cases):
+    """Return the page, as Markdown.
+
+    Args:
+        rows: What came out.
+        cases: How many there would be of the whole registry.
+    """
+    tried = "All" if len(rows) == cases else f"Only {len(rows)} of the"
     counts = Counter((row["attention"], row["outcome"]) for row in rows)
     lines = [
         "# The registry of transformers, model by model",
@@ -31,7 +37,8 @@ def page(rows):
         "gradients are not the plain ones. Nothing is picked by hand: what a new release adds is",
         "tried.",
         "",
-        f"With torch {version('torch')} and transformers {version('transformers')}.",
+        f"With torch {version('torch')} and transformers {version('transformers')}. {tried}",
+        f"{cases} pairs of a model and an attention implementation were tried.",
         "",
         "| outcome | meaning | sdpa | eager |",
         "| --- | --- | --- | --- |",

@@ -6,7 +6,6 @@ in ``FIRST``.
 """
 
 import contextlib
-import sys
 
 import torch
 from models import oracle_hook
@@ -48,7 +47,7 @@ class Products(TorchFunctionMode):
     def __init__(self, query, key, calls):
         super().__init__()
         self.query, self.key, self.calls = query, key, calls
-        self.running = []
+        self.running, self.products = [], {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if self.running:
@@ -71,9 +70,9 @@ class Products(TorchFunctionMode):
         """Return two operands, hooked if this is the product of Q and K."""
         if any(isinstance(x, nn.Parameter) or x.grad_fn is None for x in (q, k)):
             return q, k
-        frame = self.running[-1]
-        frame["products"] += 1
-        if frame["products"] != FIRST.get(frame["class"], 1):
+        layer = self.running[-1]
+        self.products[layer] = self.products.get(layer, 0) + 1
+        if layer is None or self.products[layer] != FIRST.get(type(layer).__name__, 1):
             return q, k
         self.calls.append(q)
         return (
@@ -83,29 +82,50 @@ class Products(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def first_products(model, query, key, calls):
-    """Put oracle hooks on the first product of each attention layer with no such function."""
-    mode = Products(query, key, calls)
+def running(model, entered=lambda layer: layer):
+    """Yield the list of the attention layers that run just now, the innermost last.
 
-    def enter(module, *_):
-        mode.running.append({"class": type(module).__name__, "products": 0})
+    Args:
+        model: Any model. Its attention layers are those with a class named so.
+        entered: Called with each layer that begins to run; what it returns is in the list.
+    """
+    stack, handles = [], []
+
+    def enter(layer, *_):
+        stack.append(entered(layer))
 
     def leave(*_):
-        mode.running.pop()
+        stack.pop()
 
-    handles = []
     for module in model.modules():
-        file = sys.modules[type(module).__module__]
-        if "atten" in type(module).__name__.lower() and not hasattr(
-            file, "eager_attention_forward"
-        ):
+        if "atten" in type(module).__name__.lower():
             handles += [
                 module.register_forward_pre_hook(enter),
                 module.register_forward_hook(leave, always_call=True),
             ]
     try:
-        with mode:
-            yield
+        yield stack
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def first_products(model, callers, query, key, calls):
+    """Put oracle hooks on the first product of each attention layer.
+
+    Args:
+        model: The model.
+        callers: The layers that call an attention function, which are left alone.
+        query: Factors of the queries' side.
+        key: Factors of the keys' side.
+        calls: Gets an entry for each product with hooks.
+    """
+    mode = Products(query, key, calls)
+
+    def entered(layer):
+        mode.products.pop(layer, None)
+        return None if layer in callers else layer
+
+    with running(model, entered) as mode.running, mode:
+        yield

@@ -2,8 +2,8 @@
 
 Prints one line of JSON for each. Each has 30 s of processor time. ``python run.py --page FILE``
 verifies all of them in several processes and writes the page. It keeps the rows it has in
-``--rows FILE``: with ``--resume`` an interrupted run goes on from there, and ``--again OUTCOME``
-verifies once more what had that outcome.
+``--rows FILE``: with ``--resume`` an interrupted run goes on from there, ``--again OUTCOME``
+verifies once more what had that outcome, and ``--only-page`` writes the page of what there is.
 """
 
 import argparse
@@ -131,14 +131,16 @@ def main():
     parser.add_argument("--rows", type=Path, default=Path("runs/registry.jsonl"))
     parser.add_argument("--resume", action="store_true", help="keep the rows of that file")
     parser.add_argument("--again", nargs="+", default=[], metavar="OUTCOME")
+    parser.add_argument("--only-page", action="store_true", help="of the rows in that file")
     given = parser.parse_args()
     if given.page is None:
         return verify_here(given.cases)
     from page import page
 
-    kept = kept_rows(given.rows, given.again) if given.resume or given.again else []
-    rows = verify_all(given.rows, kept, given.workers)
-    given.page.write_text(page(rows), encoding="utf-8")
+    keep = given.resume or given.again or given.only_page
+    kept = kept_rows(given.rows, given.again) if keep else []
+    rows = kept if given.only_page else verify_all(given.rows, kept, given.workers)
+    given.page.write_text(page(rows, len(every_case())), encoding="utf-8")
     return None
 
 

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from inputs import candidates
 from models import oracle_hook
-from products import first_products
+from products import first_products, running
 from shrinking import shrink
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING
@@ -135,37 +135,60 @@ def difference(actual, expected):
 
 
 @contextlib.contextmanager
-def oracle(model, attention, calls):
-    """Put oracle hooks on the Q and K that reach the model's attention functions."""
+def patched(model, attention, wrap):
+    """Put ``wrap(function, first)`` in place of the attention functions that a model calls.
 
-    def hooked(function, first):
+    ``first`` is the place of Q among the arguments.
+    """
+    with contextlib.ExitStack() as stack:
+        name = "scaled_dot_product_attention"
+        stack.enter_context(patch.object(F, name, wrap(getattr(F, name), 0)))
+        if attention == "eager":
+            name = "eager_attention_forward"
+            for file in sorted({type(m).__module__ for m in model.modules()}):
+                eager = getattr(sys.modules[file], name, None)
+                if eager is not None:
+                    stack.enter_context(patch.object(sys.modules[file], name, wrap(eager, 1)))
+        yield
+
+
+def layers_that_call(model, attention, given):
+    """Return the attention layers in whose forward pass an attention function is called."""
+    callers = set()
+    with running(model) as layers:
+
+        def wrap(function, first):
+            def call(*args, **kwargs):
+                callers.update(layers[-1:])
+                return function(*args, **kwargs)
+
+            return call
+
+        with patched(model, attention, wrap), torch.no_grad():
+            torch.manual_seed(1)
+            model(**given)
+    return callers
+
+
+@contextlib.contextmanager
+def oracle(model, attention, given, calls):
+    """Put oracle hooks on the Q and K that reach the model's attention functions or products."""
+
+    def wrap(function, first):
         def call(*args, **kwargs):
             args = list(args)
-            if "query" in kwargs:
-                kwargs["query"] = oracle_hook(kwargs["query"] * 1.0, *QUERY)
-            else:
-                args[first] = oracle_hook(args[first] * 1.0, *QUERY)
-            if "key" in kwargs:
-                kwargs["key"] = oracle_hook(kwargs["key"] * 1.0, *KEY)
-            else:
-                args[first + 1] = oracle_hook(args[first + 1] * 1.0, *KEY)
-            calls.append(args[0] if first else None)
+            for name, place, pair in (("query", first, QUERY), ("key", first + 1, KEY)):
+                if name in kwargs:
+                    kwargs[name] = oracle_hook(kwargs[name] * 1.0, *pair)
+                else:
+                    args[place] = oracle_hook(args[place] * 1.0, *pair)
+            calls.append(function)
             return function(*args, **kwargs)
 
         return call
 
-    with contextlib.ExitStack() as stack:
-        name = "scaled_dot_product_attention"
-        stack.enter_context(patch.object(F, name, hooked(getattr(F, name), 0)))
-        if attention == "eager":
-            for file in sorted({type(m).__module__ for m in model.modules()}):
-                eager = getattr(sys.modules[file], "eager_attention_forward", None)
-                if eager is not None:
-                    own = hooked(eager, 1)
-                    stack.enter_context(
-                        patch.object(sys.modules[file], "eager_attention_forward", own)
-                    )
-        stack.enter_context(first_products(model, QUERY, KEY, calls))
+    callers = layers_that_call(model, attention, given)
+    with patched(model, attention, wrap), first_products(model, callers, QUERY, KEY, calls):
         yield
 
 
@@ -202,7 +225,7 @@ def verify(name, attention):
         again = difference(gradients(model, given)[1], plain)
         if again > 1e-9:
             return {**row, "outcome": "not built", "why": "its gradients differ between two runs"}
-        with oracle(reference, attention, calls):
+        with oracle(reference, attention, given, calls):
             _, expected = gradients(reference, given)
         names, reached = sites_that_run(model, given)
     except Exception as error:
