@@ -176,4 +176,7 @@ def table(session: nox.Session) -> None:
     for name, entry in entries.items():
         cells = ["-" if entry.get(key) is None else str(entry[key]) for key in columns]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    # A note is written into the record by hand, and goes when the session runs again.
+    notes = [f"- `{name}`: {entry['note']}" for name, entry in entries.items() if "note" in entry]
+    lines += ["", *notes] if notes else []
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
