@@ -50,8 +50,12 @@ class Products(TorchFunctionMode):
         self.running, self.products = [], {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
         if self.running:
             at = 1 if function in ADDED else 0
+            if at and kwargs:
+                names = [name for name in ("batch1", "batch2") if name in kwargs]
+                args = (*args, *(kwargs.pop(name) for name in names))
             if function in MATMULS or at:
                 q, k = args[at : at + 2]
                 batch = "abcdefgh"[: max(q.ndim, k.ndim) - 2]
@@ -64,7 +68,7 @@ class Products(TorchFunctionMode):
                 shared = set(left) & set(right)
                 features, batch = shared - set(output), shared & set(output)
                 args = (args[0], *self.operands(*args[1:], left, right, features, batch))
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
     def operands(self, q, k, left, right, features, batch):
         """Return two operands, hooked if this is the product of Q and K."""
