@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 # By class of layer: which of its products of activations is that of Q and K, where not the first.
-FIRST: dict[str, int] = {}
+FIRST = {"ConvBertSelfAttention": 2}  # after that of its convolution kernels
 MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
 ADDED = (torch.baddbmm, torch.Tensor.baddbmm)
 
