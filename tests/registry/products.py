@@ -62,12 +62,15 @@ class Products(TorchFunctionMode):
                 left, right = (batch[len(batch) + 2 - x.ndim :] for x in (q, k))
                 pair = self.operands(q, k, f"{left}xz", f"{right}zy", "z", batch)
                 args = (*args[:at], *pair, *args[at + 2 :])
-            elif function is torch.einsum and len(args) == 3 and "." not in args[0]:
+            elif function is torch.einsum and "." not in args[0]:
+                operands = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
                 equation, output = args[0].replace(" ", "").split("->")
-                left, right = equation.split(",")
-                shared = set(left) & set(right)
-                features, batch = shared - set(output), shared & set(output)
-                args = (args[0], *self.operands(*args[1:], left, right, features, batch))
+                if len(operands) == 2:
+                    left, right = equation.split(",")
+                    shared = set(left) & set(right)
+                    features, batch = shared - set(output), shared & set(output)
+                    operands = self.operands(*operands, left, right, features, batch)
+                args = (args[0], *operands)
         return function(*args, **kwargs)
 
     def operands(self, q, k, left, right, features, batch):

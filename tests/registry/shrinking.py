@@ -6,7 +6,8 @@ WIDTH, HEADS, DIM, VOCABULARY, POSITIONS, PATCH, SIDE = 32, 4, 8, 96, 64, 4, 16
 
 # In this order: the first pattern that a field's name matches tells its value.
 _VALUES = [
-    (r"vocab_size$|^num_embeddings$|codebook_size$", VOCABULARY),
+    (r"vocab_size$|^num_embeddings$", VOCABULARY),
+    (r"codebook_size$", 64),
     (r"(kv|key_value|kv_channels?)_(heads|groups)$|^num_kv_heads$|multi_query_group_num", 2),
     (r"^(.*_)?(num_heads|heads|n_heads?|num_attention_heads)$", HEADS),
     (r"qk_(rope|nope)_head_dim$", DIM // 2),
