@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from typing import Any
 
+from spanopt.figures import new_figure
 from spanopt.measures import MEASURES
 
 __all__ = ["draw"]
@@ -64,12 +65,12 @@ def draw(rows: list[dict[str, Any]], column: str) -> Any:
     if not means:
         advice = "" if column in MEASURES else ": give SpanMonitor scores=True"
         raise ValueError(f"no row has a value of {column}{advice}")
-    matplotlib, figures = _matplotlib()
+    matplotlib = _matplotlib()
     sides = [side for side in ("query", "key") if side in means]
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     steps = sorted({row["step"] for row in rows})
     height = 1.6 + len(sides) * max(1.8, 0.16 * len(layers))
-    figure = figures.Figure(figsize=(9, height), layout="constrained")
+    figure = new_figure(figsize=(9, height), layout="constrained")
     axes = figure.subplots(len(sides), 2, squeeze=False, width_ratios=(1.15, 1))
     chances = {row["chance_share"] for row in rows if row["head"] is not None}
     chance = chances.pop() if len(chances) == 1 and column == "parallel_share" else None
@@ -148,9 +149,9 @@ def _lines(axes: Any, table: list[list[float]], layers: Any, steps: Any, matplot
     axes.set_xlabel("optimizer step")
 
 
-def _matplotlib() -> tuple[Any, Any]:
+def _matplotlib() -> Any:
     try:
-        return importlib.import_module("matplotlib"), importlib.import_module("matplotlib.figure")
+        return importlib.import_module("matplotlib")
     except ImportError as error:
         raise ImportError(
             "SpanMonitor.plot() needs matplotlib: pip install matplotlib, or install spanopt with "

@@ -20,7 +20,7 @@ FLOORS = """
     reports
     sample picture
     measures scores scores_reading rows inspection
-    guessing
+    guessing figures
     scheduler
     schedules optimizer
     checkpoint arrivals proxy

@@ -24,6 +24,7 @@ def test_the_picture_is_labelled(tmp_path):
         assert lines.get_lines()[i].get_ydata()[1] == pytest.approx(np.mean(shares))
     assert lines.get_ylabel() == "parallel share"
     assert lines.get_xlabel() == heatmap.get_xlabel() == "optimizer step"
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
 
 
 def test_a_picture_of_nothing_is_an_error():

@@ -71,22 +71,16 @@ def train(seed, wrap, lr=1.6e-2):
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = Model()
-    optimizer = wrap(
-        torch.optim.AdamW(model.parameters(), lr=lr), model
-    )  # the only new line
+    adamw = torch.optim.AdamW(model.parameters(), lr=lr)
+    optimizer = wrap(adamw, model)  # the only new line
     for _ in range(50):
         optimizer.zero_grad()
         model.loss(*batch(generator)).backward()
         optimizer.step()
-    unseen = torch.Generator().manual_seed(
-        1_000_000
-    )  # the same batches for every arm
+    unseen = torch.Generator().manual_seed(10**6)  # the same for every arm
     with torch.no_grad():
-        return (
-            torch.stack([model.loss(*batch(unseen)) for _ in range(16)])
-            .mean()
-            .item()
-        )
+        losses = [model.loss(*batch(unseen)).item() for _ in range(16)]
+    return sum(losses) / len(losses)
 
 
 # %% [markdown]
@@ -119,8 +113,9 @@ print(result)
 # - If *uniform* does as much as your arm, amplification is what helped, and
 #   not the split.
 #
-# An interval that contains 0 is no evidence for either side. The last column
-# says what may be concluded, and how many more seeds would be needed.
+# An interval that contains 0 is no evidence for either side. The sentences
+# below the table say what may be concluded, and how many more seeds would be
+# needed.
 
 # %%
 result.plot()

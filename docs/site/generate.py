@@ -49,7 +49,13 @@ GROUPS = {
         "spanopt.setups.setup",
         "spanopt.setups.Setup",
     ],
-    "Errors": ["spanopt.UnscaledLayerError"],
+    "Semantic focus": [
+        "spanopt.focus.focus",
+        "spanopt.focus.Focus",
+        "spanopt.focus.FocusHooks",
+        "spanopt.focus.focused_attention",
+    ],
+    "Errors": ["spanopt.UnscaledLayerError", "spanopt.focus.UnfocusedLayerError"],
 }
 
 # Classes of which a part is in a base class of this package.
@@ -68,9 +74,7 @@ def write_reference() -> None:
         index += [f"## {group}", ""]
         order.append(f"- {group}")
         for path in paths:
-            name = (
-                path.removeprefix("spanopt.").removeprefix("integrations.").removeprefix("compare.")
-            )
+            name = path.removeprefix("spanopt.").rpartition(".")[2]
             index.append(f"- [`{path}`]({page_of(path)})")
             order.append(f"    - [{name}]({page_of(path)})")
             options = "    options: {inherited_members: true}\n" if path in INHERITING else ""

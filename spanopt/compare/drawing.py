@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spanopt.compare.statistics import Change
+from spanopt.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,9 +50,8 @@ def forest(changes: Mapping[str, Change], label: str, *, larger_is_better: bool 
         larger_is_better: Whether a change above 0 is better.
     """
     from matplotlib import rcParams
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 0.9 + 0.3 * len(changes)), layout="constrained")
+    figure: Figure = new_figure(figsize=(8, 0.9 + 0.3 * len(changes)), layout="constrained")
     axes = figure.subplots()
     for row, change in enumerate(changes.values()):
         better = change.mean > 0 if larger_is_better else change.mean < 0
