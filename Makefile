@@ -89,6 +89,7 @@ lint: .venv/dev.stamp
 # The wheel and the source distribution, into dist/; then, with the wheel alone: the README's first snippet, and
 # whether every public type is known.
 package: .venv/package.stamp
+	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	rm -rf dist build
 	.venv/bin/python -m build --outdir dist .
 	.venv/bin/twine check --strict dist/*

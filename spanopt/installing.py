@@ -32,10 +32,11 @@ def attach(
 
     For frameworks that build their own optimizer; otherwise use
     :class:`~spanopt.SpanScaledOptimizer`. Forward values do not change. The hooks stay on the model
-    until :meth:`SpanHooks.remove`, whether or not the returned object is kept. While any hooks are
-    on a model of this process, ``torch._dynamo.config.skip_nnmodule_hook_guards`` is false, and
-    code compiled before they came is dropped, so that compiled code and hooks never pass each
-    other by.
+    until :meth:`SpanHooks.remove`, whether or not the returned object is kept.
+
+    While hooks are on any model of this process,
+    ``torch._dynamo.config.skip_nnmodule_hook_guards`` is false, and code that was compiled before
+    is dropped. Compiled code that knows nothing of the hooks would pass them by.
 
     Args:
         model: Any module with attention layers that :func:`~spanopt.find_attention` finds.
@@ -47,8 +48,8 @@ def attach(
             :func:`~spanopt.projection.default_ridge`.
         on_missing: What to do about a layer that was asked for and turns out not to be scaled:
             ``"error"``, ``"warn"`` or ``"ignore"``.
-        qk_modules: Where Q and K are in layers whose attention can't be seen, such as one in a
-            kernel of its own, by layer name or pattern:
+        qk_modules: Which modules return Q and K, for layers whose attention can't be seen, such as
+            one in a kernel of its own. A dict by layer name or pattern:
             ``{"blocks.0.attn": {"query": "wq", "key": "wk", "num_heads": 8}}``. See
             :func:`~spanopt.taps.layouts.read_layouts` for fused outputs.
         example_inputs: Inputs for one forward pass that checks now what only a forward pass can

@@ -29,13 +29,13 @@ class _Lease:
 class SpanScaledOptimizer(OptimizerProxy):
     """Wrap an optimizer so that it trains on span-scaled attention gradients.
 
-    The gradients of Q and K at every attention layer of ``model`` are split into the parallel span
-    and the span violation, each is scaled, and the result goes on in place of the gradient. The
+    At every attention layer of ``model``, the gradients of Q and K are split into the parallel span
+    and the span violation. Each part is scaled, and their sum goes on in place of the gradient. The
     forward pass, the model's code and the optimizer's update rule stay as they are.
 
-    ``param_groups``, ``state`` and ``defaults`` are the wrapped optimizer's own objects, and any
-    other attribute that this class lacks is read from it and set on it. The hooks stay on the model
-    until :meth:`detach`, or until the wrapper itself is dropped: keep it, not only what it wraps.
+    ``param_groups``, ``state`` and ``defaults`` are the wrapped optimizer's own objects. Any other
+    attribute that this class lacks is read from the wrapped optimizer and set on it. The hooks stay
+    on the model until :meth:`detach`, or until the wrapper is dropped: keep it in a variable.
 
     Args:
         optimizer: The optimizer to wrap, of ``torch.optim``, torch-optimizer, or any other with
@@ -47,8 +47,8 @@ class SpanScaledOptimizer(OptimizerProxy):
         ridge: What is added to the Gram matrix of Q or K, relative to its trace: a number of at
             least 0. ``None``, the default, is the dtype's, see
             :func:`~spanopt.projection.default_ridge`.
-        on_missing: What to do when a backward pass has run since the last step in which a layer
-            that was asked for was not scaled: ``"error"``, the default, ``"warn"`` or ``"ignore"``.
+        on_missing: What to do at a step when a layer that was asked for was not scaled in a
+            backward pass since the last one: ``"error"``, the default, ``"warn"`` or ``"ignore"``.
         qk_modules: Where Q and K are in layers whose attention can't be seen, by layer name or
             pattern: ``{"blocks.0.attn": {"query": "wq", "key": "wk", "num_heads": 8}}``. By default
             attention is seen in all layers.
@@ -68,8 +68,8 @@ class SpanScaledOptimizer(OptimizerProxy):
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: No attention layer in the model, a key of ``scales`` that matches none, a bad
-            scale or ridge, a layer that is scaled already, or a layer none of whose trainable
+        ValueError: The model has no attention layer, a key matches none, or a scale or the ridge is
+            no finite number; or a layer is scaled already; or none of a layer's trainable
             parameters is in ``optimizer``. Nothing is installed then.
 
     Source: "Scaling Bidirectional Spans and Span Violations in Attention Mechanism"
@@ -228,9 +228,9 @@ class SpanScaledOptimizer(OptimizerProxy):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the wrapped optimizer.
 
-        Attention layers that the model has got since it was wrapped, and whose parameters are in
-        the optimizer by now, are scaled from now on, as ``scales`` says. Those that it has no more
-        are let go.
+        Attention layers may have come to the model since it was wrapped. Those whose parameters
+        are in the optimizer by now are scaled from now on, as ``scales`` says. Layers that the
+        model no longer has are let go.
 
         Args:
             param_group: A dict with ``"params"``, a tensor or an iterable of tensors, and with the

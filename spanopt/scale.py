@@ -100,7 +100,7 @@ class SpanScale:
 
         Raises:
             TypeError: Anything else, or a mapping with an unknown field.
-            ValueError: As for :class:`SpanScale`.
+            ValueError: A factor that is not finite, or an empty sequence.
 
         Example:
             >>> SpanScale.of((2.0, 0.5)) == SpanScale.of({"parallel": 2.0, "violation": 0.5})

@@ -112,9 +112,9 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
        class, and the plain functions and registries of functions that these refer to, but not its
        submodules;
     3. it owns a query and a key projection by name (``q_proj`` and ``k_proj``, ``to_q`` and
-       ``to_kv``, ``query`` and ``key``, ``wq`` and ``wk``, a fused ``qkv`` or ``c_attn``, ...).
-       Such a layer may turn out to call no attention that can be seen, which is then an error at
-       its first forward pass rather than a silent omission;
+       ``to_kv``, ``query`` and ``key``, ``wq`` and ``wk``, a fused ``qkv`` or ``c_attn``, ...). If
+       such a layer turns out to call no attention that can be seen, its first forward pass is an
+       error;
     4. its own code multiplies matrices and takes a softmax, and it owns at least two modules with
        parameters, or none, or one linear layer with more outputs than inputs: not ``certain``
        before the first forward pass.

@@ -22,11 +22,13 @@ Masks: TypeAlias = "Tensor | Mapping[str, Tensor | tuple[Tensor | None, Tensor |
 def token_mask(masks: Masks) -> Iterator[None]:
     """Say which tokens are real, for the forward passes inside the ``with`` block.
 
-    Spans are then those of the real tokens. This is needed where the attention mask does not tell
-    which tokens are real: padding that only the loss knows, padded queries in cross-attention,
-    attention without a mask, several documents packed into one sequence, and masks that are
-    refused because padding and a pattern of attention look the same in them. The token mask goes
-    before the attention mask.
+    Spans are then those of the real tokens. The token mask goes before the attention mask. It is
+    needed where the attention mask does not tell which tokens are real:
+
+    - padding that only the loss knows, and attention without a mask;
+    - padded queries in cross-attention;
+    - several documents packed into one sequence;
+    - masks that are refused, since padding and a pattern of attention look alike in them.
 
     Args:
         masks: One mask for the queries and keys of all layers, or a dict from layer names or

@@ -197,4 +197,4 @@ print(
 #
 # `spanopt.compare` takes care of all that. It tunes the rate for each arm,
 # adds controls, and says in words what follows. The notebook *Does it help
-# mine?* shows it on a model that is even smaller.
+# mine?* shows it on this task.

@@ -125,9 +125,9 @@ def plot(records: Sequence[Record]) -> bytes:
     curves = {name: np.array([record.losses[name] for record in records]) for name in ARMS}
     change = 100 * (curves["span"] / curves["plain"] - 1)
     lines = [
-        (top, curves["plain"], "tab:blue", "-", "plain"),
-        (top, curves["span"], "tab:orange", "--", "span-scaled"),
-        (bottom, change, "tab:green", "-", "span-scaled against plain"),
+        (top, curves["plain"], "#4477AA", "-", "plain"),
+        (top, curves["span"], "#EE6677", "--", "span-scaled"),
+        (bottom, change, "#228833", "-", "span-scaled against plain"),
     ]
     for axes, values, color, style, label in lines:
         axes.plot(steps, values.T, color=color, linestyle=style, linewidth=0.8, alpha=0.5)

@@ -69,8 +69,8 @@ def orthonormal(basis: Tensor, *, ridge: float | None = None, mask: Tensor | Non
         rank-deficient its columns span no more than Q's, and those of null directions are short.
 
     Raises:
-        TypeError: As in :func:`project`.
-        ValueError: As in :func:`project`.
+        TypeError: A dtype that is not real floating point, or a mask that is not boolean.
+        ValueError: Shapes that do not fit, or a ridge that is negative or not finite.
 
     Example:
         >>> import torch
@@ -89,15 +89,17 @@ def decompose(
     Args:
         grad: Gradient of the basis, shape ``(..., N, d)``.
         basis: Q (for a query gradient) or K (for a key gradient), shape ``(..., N, d)``.
-        ridge: As in :func:`project`.
-        mask: As in :func:`project`. At masked tokens all of the gradient is violation.
+        ridge: Relative ridge: singular values of ``basis`` below about its square root times the
+            norm are dropped. ``None`` is :func:`default_ridge` of the dtype computed in.
+        mask: Boolean, shape ``(..., N)``, true at real tokens, whose span counts. ``None`` if all
+            are. At the other tokens all of the gradient is violation.
 
     Returns:
         ``(parallel, violation)``, each like ``grad``; they add up to ``grad``.
 
     Raises:
-        TypeError: As in :func:`project`.
-        ValueError: As in :func:`project`.
+        TypeError: A dtype that is not real floating point, or a mask that is not boolean.
+        ValueError: Shapes that do not fit, or a ridge that is negative or not finite.
 
     Source: dL/dQ = P_Q dL/dQ + (I - P_Q) dL/dQ, orders 0 and 1; see ``docs/method.md``.
 

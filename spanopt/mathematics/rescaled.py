@@ -36,8 +36,10 @@ def rescale(
         parallel: Factor of the parallel span: a number, or a tensor of shape ``()`` or ``(H,)``,
             one value per head, where the gradient is ``(..., H, N, d)``.
         violation: Factor of the violation: a number or a tensor of shape ``()`` or ``(H,)``.
-        ridge: As in :func:`project`.
-        mask: As in :func:`project`. Masked tokens are multiplied by ``violation``.
+        ridge: Relative ridge: singular values of ``basis`` below about its square root times the
+            norm are dropped. ``None`` is :func:`default_ridge` of the dtype computed in.
+        mask: Boolean, shape ``(..., N)``, true at real tokens, whose span counts. ``None`` if all
+            are. The gradient of the others is multiplied by ``violation``.
         total: Where the tokens of a sequence are spread over processes, each of which makes this
             call with its own: ``total(part)`` returns the sum of a tensor over them, and
             ``total(part, "max")`` the elementwise maximum.
@@ -46,8 +48,9 @@ def rescale(
         The rescaled gradient, with the shape and dtype of ``grad``.
 
     Raises:
-        TypeError: As in :func:`project`.
-        ValueError: As in :func:`project`, or a factor whose shape is neither ``()`` nor ``(H,)``.
+        TypeError: A dtype that is not real floating point, or a mask that is not boolean.
+        ValueError: Shapes that do not fit, a ridge that is negative or not finite, or a factor
+            whose shape is neither ``()`` nor ``(H,)``.
 
     Source: g' = b g + (a - b) P g; see ``docs/method.md``.
 
@@ -85,16 +88,19 @@ def rescale_by_document(
         basis: Q or K, shape ``(B, ..., N, d)``.
         index: Integers, shape ``(T, L)``: the positions of the tokens of T documents among the
             ``B * N`` of the batch, each row filled up with ``B * N``.
-        parallel: As in :func:`rescale`.
-        violation: As in :func:`rescale`. Tokens of no document are multiplied by it.
-        ridge: As in :func:`project`.
+        parallel: Factor of the parallel span: a number, or a tensor of shape ``()`` or ``(H,)``.
+        violation: Factor of the violation: a number or a tensor of shape ``()`` or ``(H,)``. Tokens
+            of no document are multiplied by it.
+        ridge: Relative ridge: singular values of ``basis`` below about its square root times the
+            norm are dropped. ``None`` is :func:`default_ridge` of the dtype computed in.
 
     Returns:
         The rescaled gradient, with the shape and dtype of ``grad``.
 
     Raises:
-        TypeError: As in :func:`project`.
-        ValueError: As in :func:`rescale`.
+        TypeError: A dtype that is not real floating point, or a mask that is not boolean.
+        ValueError: Shapes that do not fit, a ridge that is negative or not finite, or a factor
+            whose shape is neither ``()`` nor ``(H,)``.
 
     Example:
         >>> import torch
