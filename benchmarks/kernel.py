@@ -1,10 +1,11 @@
-"""Time of ``spanopt.project`` against other ways to the same projection.
+"""Time of ``spanopt.rescale`` against other ways to the same rescaled gradient.
 
-The ways take turns, and the ratio is that of neighbours in time; the median is shown, with
-quartiles. ``share of peak`` is what the projection's floating-point operations (10 N d^2 a matrix,
-as computed) come to in a second, over what a large matrix product does on the same machine in the
-same run. In bfloat16 the other ways are given float32 copies, which they need. The projection
-setups are measured likewise, as ratios to ``span``.
+Q and its gradient have the layout that attention gives them: the heads of a token side by side, in
+Q's case with those of K and V. The ways take turns, and the ratio is that of neighbours in time;
+the median is shown, with quartiles. ``share of peak`` is what the projection's floating-point
+operations (10 N d^2 a matrix, as computed) come to in a second, over what a large matrix product
+does on the same machine in the same run. In bfloat16 the other ways are given float32 copies, which
+they need. The projection setups are measured in the same way, as ratios to ``span``.
 
     python benchmarks/kernel.py
     python benchmarks/kernel.py --shapes 1 --rounds 3        # the first shape only
@@ -22,10 +23,12 @@ import torch
 from speed.measure import add_options, in_turns, quartiles, start, three, write
 from torch import Tensor
 
-from spanopt import project
+from spanopt import rescale
 from spanopt.setups import SETUPS
 
-SHAPES = ((24, 512, 64), (96, 1024, 64), (32, 2048, 128))
+Shape = tuple[int, int, int, int]
+
+SHAPES: tuple[Shape, ...] = ((2, 12, 512, 64), (8, 12, 1024, 64), (2, 16, 2048, 128))
 PEAK_SIZE = 2048
 
 
@@ -73,44 +76,57 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def measure(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def attention_like(shape: Shape, parts: int = 1) -> Tensor:
+    """Return a tensor (B, H, N, d) in which the heads of a token and other parts are neighbours."""
+    sequences, heads, tokens, features = shape
+    x = torch.randn(sequences, tokens, parts * heads * features)
+    return x[..., : heads * features].unflatten(-1, (heads, features)).transpose(1, 2)
+
+
+def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """Measure every way on one shape.
 
     Args:
-        shape: Matrices, N and d.
+        shape: Sequences, heads, N and d.
         dtype: Of basis and gradient.
         rounds: How often each way takes its turn.
 
     Returns:
-        ``ms`` of ``project`` (the median), for each other way the quartiles of the ratio of its
+        ``ms`` of ``rescale`` (the median), for each other way the quartiles of the ratio of its
         time to that, and the share of the ``peak`` of matrix products.
     """
-    q, g = (torch.randn(shape).to(dtype) for _ in range(2))
+    q, g = (attention_like(shape, parts).to(dtype) for parts in (3, 1))
     copies = q.float(), g.float()
     square = torch.randn(2, PEAK_SIZE, PEAK_SIZE)
+    two, one = torch.tensor(2.0), torch.tensor(1.0)
+
+    def twice_the_span(way: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return copies[1] + way(*copies)
+
     ways: dict[str, Callable[[], Tensor]] = {
-        "project": partial(project, q, g),
+        "rescale": partial(rescale, g, q, parallel=two, violation=one),
         "peak": partial(torch.matmul, square[0], square[1]),
-        **{name: partial(way, *copies) for name, way in WAYS.items()},
+        **{name: partial(twice_the_span, way) for name, way in WAYS.items()},
     }
-    times = in_turns(ways, rounds, warm_up=1)
-    matrices, tokens, features = shape
-    rate = 10 * matrices * tokens * features**2 / times["project"]
+    with torch.no_grad():  # as in a backward pass
+        times = in_turns(ways, rounds, warm_up=1)
+    sequences, heads, tokens, features = shape
+    rate = 10 * sequences * heads * tokens * features**2 / times["rescale"]
     peak = 2 * PEAK_SIZE**3 / times["peak"]
     return {
         "shape": shape,
         "dtype": str(dtype).removeprefix("torch."),
-        "ms": 1e3 * quartiles(times["project"])[1],
-        "ratios": {name: quartiles(times[name] / times["project"]) for name in WAYS},
+        "ms": 1e3 * quartiles(times["rescale"])[1],
+        "ratios": {name: quartiles(times[name] / times["rescale"]) for name in WAYS},
         "peak": float(np.median(rate / peak)),
     }
 
 
-def measure_setups(shape: tuple[int, int, int], rounds: int) -> dict[str, list[float]]:
+def measure_setups(shape: Shape, rounds: int) -> dict[str, list[float]]:
     """Return the quartiles of the ratio of each setup's time to that of ``span``."""
-    matrices, *rest = shape
-    q, k, g = (torch.randn(2, matrices // 2, *rest) for _ in range(3))
-    times = in_turns({name: partial(setup, g, q, k) for name, setup in SETUPS.items()}, rounds)
+    q, k, g = (attention_like(shape, parts) for parts in (3, 3, 1))
+    with torch.no_grad():
+        times = in_turns({name: partial(setup, g, q, k) for name, setup in SETUPS.items()}, rounds)
     return {name: quartiles(times[name] / times["span"]) for name in SETUPS}
 
 
@@ -127,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             row = measure(shape, dtype, options.rounds)
             ratios = ", ".join(f"{name} {three(x, 2)}" for name, x in row["ratios"].items())
             print(
-                f"{shape}, {row['dtype']}: project {row['ms']:.1f} ms, "
+                f"{shape}, {row['dtype']}: rescale {row['ms']:.1f} ms, "
                 f"{100 * row['peak']:.0f} % of peak; as many times as long: {ratios}",
                 flush=True,
             )

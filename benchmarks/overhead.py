@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from speed.arms import steps
 from speed.cases import Case, add_cases, build, chosen
-from speed.measure import add_options, in_turns, quartiles, start, write
+from speed.measure import add_options, conditions, in_turns, quartiles, start, write
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -34,7 +34,8 @@ def measure(case: Case, compiled: bool, rounds: int) -> dict[str, Any]:
     Returns:
         ``ms`` of a plain step (the median); first quartile, median and third quartile of the
         ``ratio`` and of the ``noise``, the ratio of a second plain model; the ratios that counting
-        operations gives, with ``one_solve`` and as ``computed``; and the ``target``.
+        operations gives, with ``one_solve`` and as ``computed``; the ``target``; and when and on
+        what it was measured.
     """
     torch.compiler.reset()  # the code of one case is no good for the next one's shapes
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -51,7 +52,8 @@ def measure(case: Case, compiled: bool, rounds: int) -> dict[str, Any]:
         "noise": quartiles(times["again"] / times["plain"]),
         "one_solve": 1 + case.projection_flops(one_solve=True) / flops,
         "computed": 1 + case.projection_flops(one_solve=False) / flops,
-        "target": case.target,
+        "target": case.compiled_target if compiled else case.target,
+        **conditions(),
     }
 
 
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"{case.name:16s} plain {row['ms']:8.1f} ms, wrapped / plain {middle:.3f} "
             f"(quartiles {low:.3f} to {high:.3f}), noise {row['noise'][1]:.3f}, by flops "
-            f"{row['computed']:.3f}, target {row['target']:.2f}",
+            f"{row['computed']:.3f}, target {row['target']:.3f}",
             flush=True,
         )
         rows.append(row)

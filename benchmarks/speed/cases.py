@@ -30,6 +30,7 @@ class Case:
         layers: Blocks.
         kv_heads: Heads of keys and values, if fewer.
         target: What the ratio of a wrapped step to a plain one is to be at most.
+        compiled_target: The same for compiled models.
     """
 
     name: str
@@ -40,7 +41,8 @@ class Case:
     batch: int
     layers: int = 2
     kv_heads: int | None = None
-    target: float = 1.05
+    target: float = 1.025
+    compiled_target: float = 1.025
 
     @property
     def small(self) -> bool:
@@ -91,14 +93,17 @@ CASES = {
                 heads=12,
                 length=n,
                 batch=2048 // n,
-                target=1.03 if n == 512 else 1.05,
+                target=1.05 if n == 128 else 1.025,
+                compiled_target=1.05 if n == 128 else 1.025,
             )
             for n in (128, 512, 1024, 2048)
         ),
-        Case("Llama-like GQA", "gqa", width=1024, heads=16, kv_heads=4, length=512, batch=2),
-        Case("ViT-B/16", "vit", width=768, heads=12, length=197, batch=8),
-        Case("padded encoder", "encoder", width=768, heads=12, length=256, batch=8),
-        Case("demo", "decoder", width=96, heads=3, length=128, batch=8, layers=3, target=1.10),
+        Case(
+            "Llama-like GQA", "gqa", 1024, 16, 512, 2, kv_heads=4, target=1.02, compiled_target=1.02
+        ),
+        Case("ViT-B/16", "vit", 768, 12, 197, 8, target=1.045, compiled_target=1.045),
+        Case("padded encoder", "encoder", 768, 12, 256, 8, target=1.045, compiled_target=1.045),
+        Case("demo", "decoder", 96, 3, 128, 8, layers=3, target=1.15, compiled_target=1.10),
     )
 }
 

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = [
     "add_options",
+    "conditions",
     "counting_saved",
     "in_turns",
     "live_bytes",
@@ -54,17 +56,19 @@ def in_turns(
 
     Returns:
         For each its times in seconds, shape ``(rounds,)``: those of one round are neighbours in
-        time, so a machine that is slow for a while is slow for all of them.
+        time, so a machine that is slow for a while is slow for all of them. With one thread they
+        are that thread's time on a CPU, which leaves out what other processes take.
     """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     names = list(steps)
     times = {name: np.zeros(rounds) for name in names}
     order = np.random.default_rng(0)
     for turn in range(-warm_up, rounds):
         for name in order.permutation(names).tolist():
-            begin = time.perf_counter()
+            begin = clock()
             steps[name]()
             if turn >= 0:
-                times[name][turn] = time.perf_counter() - begin
+                times[name][turn] = clock() - begin
     return times
 
 
@@ -107,16 +111,32 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
+def conditions() -> dict[str, str]:
+    """Return the day, the instructions of the CPU and the version of torch."""
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }
+
+
 def write(options: argparse.Namespace, rows: Any) -> None:
-    """Write results and what they were measured with, if asked to."""
+    """Write results and what they were measured with, if asked to.
+
+    Rows of cases that a file has already and that were not measured now are kept.
+    """
     if options.out is None:
         return
     record = {
-        "torch": torch.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        **conditions(),
         "threads": options.threads,
         "rounds": getattr(options, "rounds", None),
         "rows": rows,
     }
+    if getattr(options, "cases", None) and options.out.exists():
+        before = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
+        new = {row["case"]: row for row in rows}
+        kept = [new.pop(row["case"], row) for row in before]
+        record["rows"] = [*kept, *new.values()]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

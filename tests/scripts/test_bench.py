@@ -35,7 +35,14 @@ TINY = replace(CASES["demo"], name="tiny", width=16, heads=2, length=8, batch=2,
 
 def test_times_are_of_neighbours_and_none_always_goes_first():
     order = []
-    steps = {"a": lambda: (order.append("a"), time.sleep(0.01)), "b": lambda: order.append("b")}
+
+    def busy():
+        order.append("a")
+        begin = time.thread_time()
+        while time.thread_time() - begin < 0.01:
+            pass
+
+    steps = {"a": busy, "b": lambda: order.append("b")}
     times = in_turns(steps, rounds=18, warm_up=2)
     assert {name: len(x) for name, x in times.items()} == {"a": 18, "b": 18}
     assert (times["a"] > 0.01).all()
@@ -125,13 +132,14 @@ def test_attaching_is_measured_on_so_many_modules():
 
 
 def test_the_ways_give_the_same_projection_and_are_measured():
-    q, g = torch.randn(3, 40, 8), torch.randn(3, 40, 8)
+    q, g = kernel.attention_like((1, 3, 40, 8), 3), kernel.attention_like((1, 3, 40, 8))
+    assert (q.stride(), g.stride()) == ((2880, 8, 72, 1), (960, 8, 24, 1))
     for way in kernel.WAYS.values():
         torch.testing.assert_close(way(q, g), project(q, g), rtol=1e-4, atol=1e-4)
-    row = kernel.measure((3, 40, 8), torch.bfloat16, rounds=2)
+    row = kernel.measure((1, 3, 40, 8), torch.bfloat16, rounds=2)
     assert set(row["ratios"]) == set(kernel.WAYS)
     assert all(math.isfinite(x) for ratio in row["ratios"].values() for x in ratio)
-    assert kernel.measure_setups((3, 40, 8), rounds=2)["span"] == [1, 1, 1]
+    assert kernel.measure_setups((1, 3, 40, 8), rounds=2)["span"] == [1, 1, 1]
 
 
 def test_results_are_written_with_what_they_were_measured_with(tmp_path):
@@ -140,6 +148,15 @@ def test_results_are_written_with_what_they_were_measured_with(tmp_path):
     record = json.loads(options.out.read_text())
     assert record["rows"] == [{"x": 1.5}]
     assert (record["threads"], record["torch"]) == (1, torch.__version__)
+
+
+def test_what_is_measured_again_takes_its_row_and_others_stay(tmp_path):
+    options = Namespace(out=tmp_path / "x.json", threads=1, rounds=3, cases=[])
+    write(options, [{"case": name, "x": 1} for name in "abc"])
+    options.cases = ["b", "d"]
+    write(options, [{"case": name, "x": 2} for name in "bd"])
+    rows = json.loads(options.out.read_text())["rows"]
+    assert [(row["case"], row["x"]) for row in rows] == [("a", 1), ("b", 2), ("c", 1), ("d", 2)]
 
 
 def test_quartiles_are_shown_with_the_median_first():
@@ -181,8 +198,8 @@ def test_the_page_shows_what_was_measured(tmp_path):
         "memory": [memory_row],
         "deep": [memory_row | {"layers": 12}],
         "kernel": {
-            "ways": [kernel.measure((2, 16, 4), torch.float32, rounds=2)],
-            "setups": kernel.measure_setups((2, 16, 4), rounds=2),
+            "ways": [kernel.measure((1, 2, 16, 4), torch.float32, rounds=2)],
+            "setups": kernel.measure_setups((1, 2, 16, 4), rounds=2),
         },
         "dispatch": {
             "own": dispatch.measure_step(rounds=1),
