@@ -23,12 +23,14 @@ from typing import Any
 from harness.shades import save_both
 from matplotlib import rcParams
 from matplotlib.figure import Figure
+from speed.cases import CASES
 from speed.measure import three
 
 from spanopt.compare.drawing import COLOURS, markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed"
+GPU_RESULTS = HERE / "results" / "gpu"
 TEMPLATE = HERE / "performance.in.md"
 DOCS = HERE.parent / "docs"
 PLACEHOLDER = re.compile(r"\[\[(\w+)(?: \| ([^\]]+))?\]\]")
@@ -62,6 +64,13 @@ def mebibytes(count: float) -> str:
     return f"{count / 2**20:,.1f}"
 
 
+def _cell(value: Any) -> str:
+    """Return a value of a result as a table shows it."""
+    if isinstance(value, list):
+        return three(value)
+    return f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+
 class Page:
     """Fills results into a text.
 
@@ -71,12 +80,14 @@ class Page:
 
     Args:
         folder: Where the results are.
+        gpus: Where those of GPUs are, one file for each card.
 
     Raises:
         ValueError: A placeholder that names nothing.
     """
 
-    def __init__(self, folder: Path = RESULTS) -> None:
+    def __init__(self, folder: Path = RESULTS, gpus: Path = GPU_RESULTS) -> None:
+        self.gpus = [json.loads(x.read_text(encoding="utf-8")) for x in sorted(gpus.glob("*.json"))]
         self.results = {
             name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in RUNS
         }
@@ -104,7 +115,8 @@ class Page:
         result = self.results[name]
         threads = "one thread" if result["threads"] == 1 else f"{result['threads']} threads"
         rounds = f", {result['rounds']} rounds" if result["rounds"] else ""
-        return f"torch {result['torch']}, {result['cpu']}, {threads}{rounds}"
+        date = f", {result['date']}" if "date" in result else ""
+        return f"torch {result['torch']}, {result['cpu']}, {threads}{rounds}{date}"
 
     def case(self, name: str, case: str) -> dict[str, Any]:
         """Return the row of a case."""
@@ -125,25 +137,44 @@ class Page:
         """Return the ratio of a case, compiled."""
         return three(self.case("compiled", case)["ratio"])
 
+    def targets(self) -> str:
+        """Return the table of limits, targets and what was measured, for both ways to run."""
+        rows = []
+        for name, how in (("overhead", "eager"), ("compiled", "compiled")):
+            for row in self.rows(name):
+                target = CASES[row["case"]].target_of(compiled=how == "compiled")
+                met = "yes" if row["ratio"][1] <= target else "no"
+                cells = [f"{row['computed']:.3f}", f"{target:.3f}", f"{row['ratio'][1]:.3f}"]
+                when = row.get("date", "before")
+                rows.append([row["case"], how, *cells, f"{row['noise'][1]:.3f}", met, when])
+        head = ["model", "", "limit", "target", "measured", "noise", "met", "when"]
+        return markdown(head, rows)
+
     def overhead(self) -> str:
         """Return the table of step times."""
         rows = []
-        for eager in self.rows("overhead"):
-            compiled = self.case("compiled", eager["case"])
-            rows.append(
-                [
-                    eager["case"],
-                    f"{eager['ms']:,.0f} ms",
-                    three(eager["ratio"]),
-                    f"{compiled['ms']:,.0f} ms",
-                    three(compiled["ratio"]),
-                    f"{eager['noise'][1]:.3f}, {compiled['noise'][1]:.3f}",
-                    f"{eager['one_solve']:.3f}, {eager['computed']:.3f}",
-                    f"{eager['target']:.2f}",
-                ]
+        for name, how in (("overhead", "eager"), ("compiled", "compiled")):
+            for row in self.rows(name):
+                cells = [f"{row['ms']:,.0f} ms", three(row["ratio"]), three(row["noise"])]
+                cells.append(f"{row['one_solve']:.3f}, {row['computed']:.3f}")
+                rows.append([row["case"], how, *cells, row.get("cpu", self.results[name]["cpu"])])
+        head = ["model", "", "plain step", "wrapped / plain", "noise", "by operations", "CPU"]
+        return markdown(head, rows)
+
+    def gpu(self) -> str:
+        """Return the tables of GPUs, or a sentence that says that there are none."""
+        if not self.gpus:
+            return (
+                "No figure from a GPU is here so far. `make bench-gpu` measures them on yours, in "
+                "at most 8 minutes."
             )
-        head = ["model", "plain step", "wrapped / plain", "plain, compiled", "wrapped / plain"]
-        return markdown([*head, "noise", "by operations", "target"], rows)
+        parts = []
+        for card in self.gpus:
+            head = list(card["rows"][0])
+            rows = [[_cell(row[name]) for name in head] for row in card["rows"]]
+            conditions = f"torch {card['torch']}, {card['date']}."
+            parts += [f"### {card['card']}", conditions, markdown(head, rows)]
+        return "\n\n".join(parts)
 
     def memory(self) -> str:
         """Return the table of memory, of all models and of some with all their layers."""
@@ -161,12 +192,12 @@ class Page:
         """Return the table of ways to the projection."""
         rows = []
         for row in self.rows("kernel")["ways"]:
-            cells = [str(tuple(row["shape"])), row["dtype"], f"{row['ms']:.1f} ms"]
+            cells = [", ".join(map(str, row["shape"])), row["dtype"], f"{row['ms']:.1f} ms"]
             cells += [three(ratio, 2) for ratio in row["ratios"].values()]
             rows.append([*cells, f"{100 * row['peak']:.0f} %"])
-        names = [f"{name} / project" for name in self.rows("kernel")["ways"][0]["ratios"]]
+        names = [f"{name} / rescale" for name in self.rows("kernel")["ways"][0]["ratios"]]
         return markdown(
-            ["(matrices, N, d)", "dtype", "project", *names, "share of peak"],
+            ["sequences, heads, N, d", "dtype", "rescale", *names, "share of peak"],
             rows,
         )
 

@@ -52,7 +52,7 @@ def measure(case: Case, compiled: bool, rounds: int) -> dict[str, Any]:
         "noise": quartiles(times["again"] / times["plain"]),
         "one_solve": 1 + case.projection_flops(one_solve=True) / flops,
         "computed": 1 + case.projection_flops(one_solve=False) / flops,
-        "target": case.compiled_target if compiled else case.target,
+        "target": case.target_of(compiled=compiled),
         **conditions(),
     }
 

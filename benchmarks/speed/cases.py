@@ -49,6 +49,10 @@ class Case:
         """Whether steps are short and noisy, so that there can and should be more of them."""
         return self.width < 256
 
+    def target_of(self, *, compiled: bool) -> float:
+        """Return what the ratio of a wrapped step to a plain one is to be at most."""
+        return self.compiled_target if compiled else self.target
+
     @property
     def key_heads(self) -> int:
         """Number of key heads."""

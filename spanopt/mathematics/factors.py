@@ -11,15 +11,17 @@ __all__ = ["inverse_factor"]
 _LARGEST = 32
 
 
-def inverse_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_factor(matrix: Tensor, identity: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return T = L^{-T}, so that T T^T inverts matrix = L L^T, and above 0 where there is none.
 
     Args:
         matrix: Positive definite, shape (matrices, d, d).
+        identity: Shape (d, d), if there is one already.
     """
-    d = matrix.shape[-1]
-    identity = torch.eye(d, dtype=matrix.dtype, device=matrix.device)
-    return _inverse_factor(matrix, identity, _LARGEST if matrix.device.type == "cpu" else d)
+    if identity is None:
+        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    largest = _LARGEST if matrix.device.type == "cpu" else matrix.shape[-1]
+    return _inverse_factor(matrix, identity, largest)
 
 
 def _inverse_factor(matrix: Tensor, identity: Tensor, largest: int) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ class Span(NamedTuple):
     Attributes:
         whitened: A, whose columns are near-orthonormal, shape (matrices, N, d).
         gram: A^T A + rho T^T T, shape (matrices, d, d).
+        identity: Shape (d, d).
         failed: For each matrix, above 0 where there is no T.
         is_identity: Whether ``gram`` is the identity but for rounding.
         leading: The leading dimensions of the basis.
@@ -37,6 +38,7 @@ class Span(NamedTuple):
 
     whitened: Tensor
     gram: Tensor
+    identity: Tensor
     failed: Tensor
     is_identity: bool
     leading: torch.Size
@@ -55,7 +57,7 @@ class Span(NamedTuple):
             for _ in range(3):
                 solution = torch.baddbmm(solution + right, self.gram, solution, alpha=-1)
         else:
-            inverse, failed = inverse_factor(self.gram)
+            inverse, failed = inverse_factor(self.gram, self.identity)
             failed = failed + self.failed
             solution = torch.bmm(inverse, torch.bmm(inverse.mT, right))
         # The factor goes on the smallest matrix, which saves passes over the others.
@@ -63,7 +65,7 @@ class Span(NamedTuple):
 
     def orthonormal(self) -> Tensor:
         """Return U with U U^T = P, shape (matrices, N, d)."""
-        inverse, failed = inverse_factor(self.gram)
+        inverse, failed = inverse_factor(self.gram, self.identity)
         return torch.bmm(self.whitened, inverse * self._weights(failed + self.failed, None))
 
     def _weights(self, failed: Tensor, factor: Tensor | None) -> Tensor:
@@ -101,13 +103,14 @@ def span_of(
     # Any scale will do for a zero basis, and no other has a trace as small as that.
     trace = diagonal.sum(-1, keepdim=True).clamp_min_(torch.finfo(dtype).tiny ** 0.75)
     diagonal.add_(trace, alpha=max(shift, ridge))
-    inverse, failed = inverse_factor(gram)
+    identity = torch.eye(q.shape[-1], dtype=dtype, device=q.device)
+    inverse, failed = inverse_factor(gram, identity)
     whitened = torch.bmm(q, inverse)
     del q  # the next buffer takes its place
     gram = torch.bmm(whitened.mT, whitened)
     gram = gram if total is None else total(gram)
     gram = torch.baddbmm(gram, (inverse * trace[..., None]).mT, inverse, alpha=ridge)
-    return Span(whitened, gram, failed, ridge >= shift, basis.shape[:-2])
+    return Span(whitened, gram, identity, failed, ridge >= shift, basis.shape[:-2])
 
 
 def matrices(x: Tensor, mask: Tensor | None, dtype: torch.dtype, *, copy: bool = False) -> Tensor:

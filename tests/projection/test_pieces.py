@@ -65,15 +65,15 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize(
     "shape",
-    [(4, 12, 512, 64), (1, 12, 4096, 64), (3, 2, 5, 2048, 128), (37, 3, 128, 32), (9, 4096, 128)],
+    [(4, 12, 512, 64), (1, 12, 4096, 64), (3, 2, 5, 2048, 128), (137, 3, 128, 32), (9, 4096, 128)],
 )
 def test_pieces_cover_a_batch_once_and_are_small(shape: tuple[int, ...]) -> None:
     count = entries(shape[:-1])
     found = cuts(shape)
-    assert len(found) > 1 or shape[:-1].count(128)
+    assert len(found) > 1
     for cut in found:
         count[cut] += 1
-        assert count[cut].numel() * shape[-1] <= max(2**19, shape[-2] * shape[-1])
+        assert count[cut].numel() * shape[-1] <= max(2**20, shape[-2] * shape[-1])
     assert (count == 1).all()
 
 

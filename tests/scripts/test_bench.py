@@ -189,6 +189,8 @@ def test_an_unknown_benchmark_or_placeholder_is_named(capsys, tmp_path):
 
 def test_the_page_shows_what_was_measured(tmp_path):
     named = [replace(TINY, name=name) for name in ("decoder N=512", "demo")]
+    card = {"card": "Card 1", "date": "2026-01-01", "torch": "2.13.0", "rows": []}
+    card["rows"].append({"model": "tiny", "ratio": [1.0, 1.5, 2.0], "launches": 12, "MiB": 0.25})
     accuracy = [["dtype", "condition"], ["float32", "1e+00"]]
     counts = {name: [2**20, 2**21] for name in ("saved", "left", "peak")}
     memory_row = {"case": "tiny", "layers": 1, **counts, "ratio": [1.9, 2.0, 2.1]}
@@ -211,15 +213,20 @@ def test_the_page_shows_what_was_measured(tmp_path):
     }
     for name, rows in results.items():
         write(Namespace(out=tmp_path / f"{name}.json", threads=1, rounds=2), rows)
-    page = bench.Page(tmp_path)
+    assert "make bench-gpu" in bench.Page(tmp_path, tmp_path / "none").gpu()
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "card.json").write_text(json.dumps(card))
+    page = bench.Page(tmp_path, tmp_path / "gpu")
     text = page.fill(bench.TEMPLATE.read_text(encoding="utf-8"))
+    assert "### Card 1" in text
+    assert "| tiny | 1.500 (1.000 to 2.000) | 12 | 0.250 |" in text
     assert bench.three(results["overhead"][0]["ratio"]) in text.splitlines()[4]
     assert "10,001 modules, 100 of them attention layers, 0.20 (0.10 to 0.30) s" in text
     assert "| float32 | 1e+00 |" in text
     for layers in (1, 12):
         row = f"| tiny | {layers} | 1.0 | 2.0000 | 1.0 | 2.0000 | 1.0 | 2.0000 (1.9000 to 2.1000) |"
         assert row in text
-    assert text.count("\n| tiny") == 2 < text.count("\n| demo |")
+    assert text.count("\n| tiny") == 3 < text.count("\n| demo |")
     figure = bench.ratio_by_length(page)
     assert len(figure.axes[0].lines) == 5
 
