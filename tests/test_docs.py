@@ -118,10 +118,21 @@ def sentences(text):
         yield from re.split(r"(?<=[.?:!])\s+", " ".join(block.split()))
 
 
-def test_no_sentence_of_the_readme_is_longer_than_25_words_and_it_fits_150_lines():
+def test_the_readme_is_shorter_than_150_lines():
     assert len(README.splitlines()) < 150
-    long = [s for s in sentences(README) if len(WORDS.findall(s)) > 25]
-    assert long == []
+
+
+FIRST_READ = [ROOT / "docs" / f"{name}.md" for name in ("index", "concepts", "faq")]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", *FIRST_READ, *sorted((ROOT / "docs" / "how-to").glob("*.md"))],
+    ids=lambda page: page.name,
+)
+def test_no_sentence_that_a_newcomer_reads_has_more_than_25_words(page):
+    found = sentences(page.read_text(encoding="utf-8"))
+    assert [s for s in found if len(WORDS.findall(s)) > 25] == []
 
 
 def public_objects():

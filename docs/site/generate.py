@@ -34,6 +34,7 @@ GROUPS = {
         "spanopt.decompose",
         "spanopt.rescale",
         "spanopt.span_node",
+        "spanopt.projection.set_formulation",
     ],
     "Frameworks": [
         "spanopt.integrations.transformers.SpanScaledCallback",

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 SITE, OUT = ROOT / "site", ROOT / "build" / "screenshots"
 PAGES = (
     "",
-    "tutorial",
+    "notebooks/tutorial",
     "concepts",
     "how-to/choosing-layers",
     "loops",
