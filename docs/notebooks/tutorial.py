@@ -190,10 +190,10 @@ print(
 )
 
 # %% [markdown]
-# If the mean is no larger than the standard deviation over the square root of
-# the number of seeds, these runs show nothing. Even a clear change may come
-# from amplification alone, or from a learning rate that does not suit one of
-# the two.
+# Is that a change? With four pairs, a t-test at 5 % asks for a mean of more
+# than 1.6 times the standard deviation. Even a clear change may come from
+# amplification alone, or from a learning rate that does not suit one of the
+# two.
 #
 # `spanopt.compare` takes care of all that. It tunes the rate for each arm,
 # adds controls, and says in words what follows. The notebook *Does it help

@@ -40,9 +40,9 @@ config = GPT2Config(
     n_head=4,
     bos_token_id=None,
     eos_token_id=None,
-    loss_type="ForCausalLM",
 )
 model = GPT2LMHeadModel(config)
+model.loss_type = "ForCausalLM"  # transformers would warn that it guesses
 
 
 def batch(step):
