@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 __all__ = [
+    "before_compilations",
     "constant_when_traced",
     "hold",
     "in_graph",
@@ -92,6 +93,19 @@ def let_go(holder: object) -> None:
     if not _holders:
         _forget(_set)
         _restore()
+
+
+def before_compilations(action: Callable[..., None]) -> None:
+    """Have something done before each compilation, as far as Dynamo is imported.
+
+    ``torch.compiler.reset`` takes this off again, so ask for it whenever it is needed.
+
+    Args:
+        action: Called with one argument. Asking for the same function again is harmless.
+    """
+    callbacks: Any = sys.modules.get(f"{_DYNAMO}.callback")
+    if callbacks is not None and action not in callbacks.callback_handler.start_callbacks:
+        callbacks.callback_handler.register_start_callback(action)
 
 
 def run_eagerly() -> Callable[[], None]:

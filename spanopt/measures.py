@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spanopt.setups import SPAN
-from spanopt.taps.watcher import Watched
+from spanopt.taps.telling import Watched
 
 __all__ = ["MEASURES", "by_head", "entropies", "floating", "measure", "score_chunks"]
 

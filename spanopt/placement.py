@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,6 @@ from torch import nn
 from spanopt.compiling import hold, let_go
 from spanopt.plan import claim, release
 from spanopt.sites import named_modules
-from spanopt.taps.account import projection_of
 from spanopt.taps.module_hooks import Enter, Leave, NoteMasks, Output, Projected, drop_inert
 from spanopt.taps.outputs import ProjectionTap
 from spanopt.taps.tap import Tap
@@ -50,7 +49,7 @@ class Placement:
             module.register_forward_pre_hook(Enter(tap), prepend=True, with_kwargs=True),
             module.register_forward_hook(Leave(tap), always_call=True),
         ]
-        projection_module = projection_of(module, tap.site.query_key_parameters())
+        projection_module = _projection_of(module, tap.site.query_key_parameters())
         if projection_module is not None:
             drop_inert(projection_module)
             handles.append(projection_module.register_forward_hook(Projected(tap)))
@@ -81,7 +80,7 @@ class Placement:
                 hook = module.register_forward_pre_hook(note, with_kwargs=True)
                 self._handles[None].append(hook)
             for tap in around[name]:
-                tap.noted = (*tap.noted, note)
+                tap.verdicts.noted = (*tap.verdicts.noted, note)
 
     def watch_weights(self, taps: Sequence[Tap]) -> None:
         """Have a use of the layers past their hooks noticed by the gradients of their weights."""
@@ -100,10 +99,10 @@ class Placement:
             apart = [other.site.module for other in placed if other.site.module in inside]
             others = elsewhere.union(*(module.parameters() for module in apart))
             own = [p for p in tap.site.query_key_parameters() if p not in others]
-            needed = projection_of(tap.site.module, tap.site.query_key_parameters()) is None
-            tap.weights = OwnWeights(tap.account, own, needed)
-            tap.weights.watch()
-            self._handles[tap].append(tap.weights)
+            needed = _projection_of(tap.site.module, tap.site.query_key_parameters()) is None
+            weights = tap.account.weights = OwnWeights(own, needed)
+            weights.watch()
+            self._handles[tap].append(weights)
 
     def take_off(self, tap: Tap | None) -> None:
         """Take a tap off its layer, or what is on the whole model off that; once."""
@@ -113,3 +112,12 @@ class Placement:
             tap.removed = True
             release(tap.site.module)
             let_go(tap)
+
+
+def _projection_of(layer: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Module | None:
+    """Return the first module in a layer, but not the layer, that owns one of its parameters."""
+    wanted = set(parameters)
+    for module in layer.modules():
+        if module is not layer and not wanted.isdisjoint(module.parameters(recurse=False)):
+            return module
+    return None

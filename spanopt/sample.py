@@ -15,7 +15,7 @@ from torch import Tensor
 from spanopt.measures import MEASURES, by_head, entropies, floating, measure, score_chunks
 from spanopt.scores import SCORE_MEASURES, measure_scores
 from spanopt.shards import is_spread
-from spanopt.taps.watcher import Watched
+from spanopt.taps.telling import Watched
 
 __all__ = ["Sample", "means", "unmeasured"]
 
@@ -40,7 +40,7 @@ def _contained(measure: Callable[..., None]) -> Callable[..., None]:
 
 
 class Sample:
-    """What one optimizer step shows; a :class:`~spanopt.taps.watcher.Watcher`.
+    """What one optimizer step shows; a :class:`~spanopt.taps.telling.Watcher`.
 
     Values stay on the device until :meth:`rows` is called. What can't be measured is noted, and
     raises nothing.
@@ -62,7 +62,7 @@ class Sample:
 
     @_contained
     def gradients(self, watched: Watched, given: Tensor, rescaled: Tensor) -> None:
-        """Measure a gradient, see :meth:`spanopt.taps.watcher.Watcher.gradients`."""
+        """Measure a gradient, see :meth:`spanopt.taps.telling.Watcher.gradients`."""
         name = watched.layer, watched.side
         if watched.x.numel() == 0:
             self.failed(*name, "the batch or the sequence is empty")
@@ -85,7 +85,7 @@ class Sample:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> None:
-        """Compute attention weights, see :meth:`spanopt.taps.watcher.Watcher.scores`."""
+        """Compute attention weights, see :meth:`spanopt.taps.telling.Watcher.scores`."""
         if is_spread(query) or 0 in (query.numel(), key.numel()):
             return
         with torch.autocast(query.device.type, enabled=False):
@@ -94,18 +94,18 @@ class Sample:
 
     @_contained
     def weights(self, layer: str, weights: Tensor, real: Tensor | None) -> None:
-        """Take attention weights, see :meth:`spanopt.taps.watcher.Watcher.weights`."""
+        """Take attention weights, see :meth:`spanopt.taps.telling.Watcher.weights`."""
         if weights.numel():
             # Their logarithms are the scores, but for a number that is the same for a whole row.
             chunks = floating(weights).log().split(_CHUNK, -2)
             self._note_scores(layer, chunks, real)
 
     def failed(self, layer: str, side: str | None, reason: str) -> None:
-        """Note what was not measured, see :meth:`spanopt.taps.watcher.Watcher.failed`."""
+        """Note what was not measured, see :meth:`spanopt.taps.telling.Watcher.failed`."""
         self._failures[layer, side].append(reason)
 
     def ran(self, layer: str) -> None:
-        """Note that attention ran, see :meth:`spanopt.taps.watcher.Watcher.ran`."""
+        """Note that attention ran, see :meth:`spanopt.taps.telling.Watcher.ran`."""
         self._ran.add(layer)
 
     def _note_scores(self, layer: str, chunks: Iterable[Tensor], real: Tensor | None) -> None:

@@ -11,7 +11,7 @@ from spanopt.patterns import check_same_layers
 from spanopt.scale import SpanScale
 from spanopt.sites import AttentionSite
 from spanopt.taps.tap import Tap
-from spanopt.taps.watcher import Watcher, Watchers
+from spanopt.taps.telling import Watcher, Watchers
 from spanopt.unscaled import unscaled
 
 __all__ = ["ScaledLayers"]
@@ -83,7 +83,7 @@ class ScaledLayers:
             >>> hooks.has_run(hooks.sites[0])
             False
         """
-        return any(tap.entered for tap in self._taps if tap.site is site)
+        return any(tap.account.entered for tap in self._taps if tap.site is site)
 
     def is_attention(self, site: AttentionSite) -> bool:
         """Return whether a layer is attention, as far as its code and its forward passes tell.
@@ -98,7 +98,7 @@ class ScaledLayers:
             >>> hooks.is_attention(hooks.sites[0])
             True
         """
-        return any(tap.is_attention() for tap in self._taps if tap.site is site)
+        return any(tap.account.is_attention() for tap in self._taps if tap.site is site)
 
     def hold(self, names: Iterable[str]) -> None:
         """Compute the projection in these layers whatever the scales are, as under a schedule.

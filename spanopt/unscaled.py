@@ -35,7 +35,7 @@ def unscaled(taps: Sequence[Tap]) -> list[Tap]:
     Args:
         taps: The taps of all scaled layers.
     """
-    missing = [tap for tap in taps if tap.is_attention() and not tap.account.is_complete()]
+    missing = [tap for tap in taps if tap.account.is_attention() and not tap.account.is_complete()]
     if not missing and not any(tap.account.seen for tap in taps):
         return list(taps)  # nothing at all was scaled, though layers may be attention
     return missing
@@ -80,11 +80,11 @@ def unclear_masks(taps: Sequence[Tap]) -> ValueError | None:
     Args:
         taps: The taps of all scaled layers.
     """
-    deferred = [tap for tap in taps if tap.deferred]
+    deferred = [tap for tap in taps if tap.verdicts.deferred]
     if not deferred:
         return None
-    device = deferred[0].unclear.device
-    unclear = torch.cat([tap.unclear.to(device) for tap in deferred]).tolist()
+    device = deferred[0].verdicts.unclear.device
+    unclear = torch.cat([tap.verdicts.unclear.to(device) for tap in deferred]).tolist()
     names = [tap.site.name for tap, count in zip(deferred, unclear, strict=True) if count]
     return unclear_mask(names) if names else None
 
@@ -117,7 +117,9 @@ def check_called(taps: Sequence[Tap], only_entered: bool = True) -> None:
     missing = [
         tap.site
         for tap in taps
-        if not tap.called and tap.is_attention() and (tap.entered or not only_entered)
+        if not tap.account.called
+        and tap.account.is_attention()
+        and (tap.account.entered or not only_entered)
     ]
     if missing:
-        raise no_attention_called(missing, [tap.site for tap in taps if tap.called])
+        raise no_attention_called(missing, [tap.site for tap in taps if tap.account.called])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import ScoreAttention
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
@@ -274,6 +275,18 @@ def test_weights_that_are_frozen_for_a_while_train(layer, part):
         optimizer.step()
     with refused(optimizer, "1", "directly"):
         model[1].forward(model(batch())).pow(2).sum().backward()
+
+
+def test_weights_that_are_cast_or_run_without_values_are_used_as_they_are():
+    model, optimizer = wrapped(Packed())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(batch())
+    model(batch())
+    model.double()
+    model(batch().double()).sum().backward()
+    optimizer.step()
+    assert all(type(parameter.grad) is torch.Tensor for parameter in model.parameters())
+    assert all(parameter.grad.dtype is torch.float64 for parameter in model.parameters())
 
 
 def test_nothing_is_left_on_parameters_when_the_hooks_go():

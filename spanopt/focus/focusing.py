@@ -61,7 +61,7 @@ class LayerFocus:
             UnfocusedLayerError: The layer checkpoints it within itself.
         """
         self.reached = True
-        if tap.checkpoints:
+        if tap.place().repeated:
             raise self.unseen(
                 tap,
                 "runs its attention under activation checkpointing within itself, and the second "

@@ -266,5 +266,5 @@ class _Check(Hook):
         assert isinstance(focus, LayerFocus)
         if focus.reached or not focus.acts(tap, args, kwargs):
             return
-        if tap.site.certain or tap.site.asked or tap.lost:
+        if tap.site.certain or tap.site.asked or tap.account.ever_lost:
             raise focus.unseen(tap, what_was_seen(tap.site))

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
+import torch
 
-__all__ = ["Account", "may_train", "nodes_of", "projection_of"]
+from spanopt.sites import AttentionSite
+from spanopt.taps.calls import Call
+from spanopt.taps.results import may_carry_gradient, may_train, nodes_of
+from spanopt.taps.running import calls_forward_directly
+from spanopt.taps.stack import is_traced_directly
+from spanopt.taps.weights import OwnWeights
+
+__all__ = ["Account"]
+
+_SINCE_STEP = ("seen", "waiting", "passed", "lost", "missed", "direct", "around")
 
 
-@dataclasses.dataclass
 class Account:
-    """What is known of a layer's calls with gradients since the last optimizer step.
+    """What is known of the calls of one layer, with gradients.
+
+    Attributes:
+        site: The layer.
+        weights: Tells a use past the hooks where no module's call does; it has no weights before
+            :meth:`spanopt.placement.Placement.watch_weights`.
+        entered: The layer has run while taps watched.
+        called: An attention call was made.
+        connected: The layer returned something that gradients flow back through.
+        detached: It could have, and returned only tensors that none flow back through.
+        ever_lost: A product of what may be Q and K was not followed to a softmax.
+
+    The others are forgotten after each optimizer step:
 
     Attributes:
         seen: Attention was seen in a call.
@@ -24,18 +41,33 @@ class Account:
         missed: A backward pass went through a call in which no attention was seen.
         direct: A backward pass went through the layer's forward, which was called directly.
         around: The layer got gradients, and no backward pass went through the calls that wait.
-        unsure: Attention was seen that needs no node, as it does where all scales are 1. In the
-            autograd graph it looks like attention past the hooks.
     """
 
-    seen: bool = False
-    waiting: bool = False
-    passed: bool = False
-    lost: bool = False
-    missed: bool = False
-    direct: bool = False
-    around: bool = False
-    unsure: bool = False
+    def __init__(self, site: AttentionSite) -> None:
+        self.site = site
+        self.weights: OwnWeights = OwnWeights()
+        self.entered: bool = False
+        self.called: bool = False
+        self.connected: bool = False
+        self.detached: bool = False
+        self.ever_lost: bool = False
+        self.seen: bool = False
+        self.waiting: bool = False
+        self.passed: bool = False
+        self.lost: bool = False
+        self.missed: bool = False
+        self.direct: bool = False
+        self.around: bool = False
+
+    def is_attention(self) -> bool:
+        """Return whether the layer is attention: beyond doubt, or by what it did when it ran.
+
+        What no gradient flows back through has none to rescale, whatever it multiplies. An example
+        is an indexer, which chooses the keys for the attention layer that it is a part of.
+        """
+        if self.called or self.site.asked:
+            return True
+        return (self.site.certain or self.ever_lost) and (self.connected or not self.detached)
 
     def is_complete(self) -> bool:
         """Return whether attention was seen, and nothing is known to have gone past the hooks."""
@@ -43,28 +75,83 @@ class Account:
 
     def ways_past(self) -> list[str]:
         """Return how a backward pass went past the hooks beside what was seen, as field names."""
-        past = ("lost", "missed", "direct", "around") if self.seen else ()
-        return [way for way in past if getattr(self, way)]
+        if not self.seen:
+            return []
+        ways = {
+            "lost": self.lost,
+            "missed": self.missed,
+            "direct": self.direct or self.weights.found,
+            "around": self.around,
+        }
+        return [way for way, is_so in ways.items() if is_so]
 
     def forget(self) -> None:
         """Start anew, as after an optimizer step."""
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, False)
+        for name in _SINCE_STEP:
+            setattr(self, name, False)
+        self.weights.forget()
 
-    def report(self, result: Any, what: str) -> bool:
-        """Have a field set once a backward pass goes through what a call returned.
+    def note_result(self, call: Call | None, result: Any, is_idle: bool) -> None:
+        """Note what the layer returned, and have the backward pass through it noted.
 
         Args:
-            result: What it returned.
-            what: The field.
-
-        Returns:
-            Whether all that a gradient may come through was found.
+            call: The call that returned it; ``None`` if it was not watched.
+            result: What its forward returned, with gradients on.
+            is_idle: Whether the layer needs no node.
         """
+        carries_gradient = may_carry_gradient(result)
+        if call is not None:
+            if torch.compiler.is_compiling():
+                # No hooks on tensors: every call counts, without a backward pass. Nothing is read
+                # of the account here, as Dynamo would compile anew when it changes.
+                if call.seen:
+                    self.passed = True
+                elif carries_gradient:
+                    self.missed = True
+            elif call.seen:
+                self._note_seen(call, result, is_idle)
+            else:
+                nodes, inputs = nodes_of(result), call.streams.input_nodes()
+                if nodes and may_train(nodes, inputs, [*self.site.query_key_parameters()]):
+                    self._report(nodes, "missed")
+        if carries_gradient:
+            self.connected = True
+        elif any(parameter.requires_grad for parameter in self.site.module.parameters()):
+            self.detached = True
+
+    def _note_seen(self, call: Call, result: Any, is_idle: bool) -> None:
+        if is_idle:
+            self.weights.unsure = True
+            return
         nodes = nodes_of(result)
-        for node in nodes or ():
+        if call.projected:
+            self.weights.let_go()
+        else:
+            self.weights.note_call(nodes or [], call.streams.input_nodes())
+        if nodes:
+            self._report(nodes, "passed")
+            self.waiting = True
+
+    def note_projected(self, call: Call | None, result: Any, unique_name: str) -> None:
+        """Note what a module of the layer returned, which may run outside of the layer's calls.
+
+        Args:
+            call: The layer's call that the module runs in, if any.
+            result: What it returned, with gradients on.
+            unique_name: That of the layer's tap.
+        """
+        if torch.compiler.is_compiling():
+            if is_traced_directly(unique_name):
+                self.direct = True
+        elif call is not None and not call.is_over():
+            call.projected = True
+        elif calls_forward_directly(self.site.module):
+            self._report(nodes_of(result) or [], "direct")
+
+    def _report(self, nodes: list[Any], what: str) -> None:
+        """Have a field set once a backward pass goes through nodes of the autograd graph."""
+        for node in nodes:
             node.register_prehook(_Report(self, what))
-        return bool(nodes)
 
 
 class _Report:
@@ -76,58 +163,3 @@ class _Report:
 
     def __call__(self, gradients: Any) -> None:
         setattr(self.account, self.what, True)
-
-
-def nodes_of(value: Any) -> list[Any] | None:
-    """Return the autograd nodes of the tensors in what a module returned.
-
-    ``None`` if there is something in it that can't be looked into.
-    """
-    nodes: list[Any] = []
-    pending = [value]
-    while pending:
-        one = pending.pop()
-        if isinstance(one, Tensor):
-            if one.grad_fn is not None and not any(one.grad_fn is node for node in nodes):
-                nodes.append(one.grad_fn)
-        elif isinstance(one, dict):
-            pending += one.values()
-        elif isinstance(one, (tuple, list)):
-            pending += one
-        elif not (one is None or isinstance(one, (bool, int, float, str))):
-            return None
-    return nodes
-
-
-def may_train(nodes: Iterable[Any], inputs: Iterable[Any], parameters: list[nn.Parameter]) -> bool:
-    """Return whether a backward pass from some nodes may reach parameters.
-
-    Args:
-        nodes: Nodes of the autograd graph.
-        inputs: Nodes at which not to go on, those of the layer's inputs.
-        parameters: The parameters. Where none of them is trained, nothing tells.
-    """
-    wanted = {id(parameter) for parameter in parameters if parameter.requires_grad}
-    if not wanted:
-        return True
-    visited = set(inputs)
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        # A checkpoint or a compiled graph uses parameters that are not among its inputs.
-        if isinstance(node, BackwardCFunction) or id(getattr(node, "variable", None)) in wanted:
-            return True
-        pending += [before for before, _ in node.next_functions]
-    return False
-
-
-def projection_of(layer: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Module | None:
-    """Return the first module in a layer, but not the layer, that owns one of its parameters."""
-    wanted = set(parameters)
-    for module in layer.modules():
-        if module is not layer and not wanted.isdisjoint(module.parameters(recurse=False)):
-            return module
-    return None

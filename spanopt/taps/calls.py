@@ -35,6 +35,7 @@ class Call:
         seen: Attention was seen, with gradients on.
         unmeasured: Nobody is told of the rest of the call, as its masks are unclear.
         projected: The module ran that tells a direct call of the layer's forward.
+        multiplied: Activations were multiplied as queries and keys may be.
         streams: Which tensors were computed from which of the layer's inputs.
         scores: What the softmax tap knows of tensors.
         trail: Where these tensors are in the autograd graph.
@@ -52,6 +53,7 @@ class Call:
             self.frame, self.at = calling_frame()
         self.given = given
         self.seen = False
+        self.multiplied = False
         self.unmeasured = False
         self.projected = False
         self.streams: Streams = Streams(arguments)

@@ -58,7 +58,7 @@ class Leave(Hook):
     def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
         """Leave the tap, also after an exception."""
         if torch.is_grad_enabled():
-            self.tap.note_result(result)
+            self.tap.account.note_result(self.tap.current_call(), result, self.tap.is_idle())
         # Eagerly whatever the grad mode is by now, and whether or not the tap was entered: another
         # pre-hook, put before ours, may have raised an exception.
         focused = self.tap.focus is not None and self.tap.current_call() is not None
@@ -72,8 +72,9 @@ class Projected(Hook):
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
         """Note the module's result where it runs outside of a call of the layer."""
-        if torch.is_grad_enabled():
-            self.tap.note_projected(result)
+        tap = self.tap
+        if torch.is_grad_enabled() and not tap.removed:
+            tap.account.note_projected(tap.current_call(), result, tap.unique_name)
 
 
 class Output(Hook):

@@ -18,10 +18,11 @@ from spanopt.scale import SpanScale
 from spanopt.sites import AttentionSite
 from spanopt.taps.calls import thread
 from spanopt.taps.layouts import OutputLayout
+from spanopt.taps.mode import keeping
 from spanopt.taps.real import Tokens, given_tokens
 from spanopt.taps.refusals import refuse, refuse_vmap
 from spanopt.taps.tap import Tap
-from spanopt.taps.watcher import Watched, Watcher
+from spanopt.taps.telling import Watched, Watcher
 
 __all__ = ["ProjectionTap"]
 
@@ -69,7 +70,8 @@ class ProjectionTap(Tap):
             ValueError: Its features do not divide into heads.
         """
         call = self.current_call()
-        if call is None or not self.is_live():
+        place = self.place()
+        if call is None or not place.inside:
             return output
         layer, name = self.site.name, projection.name
         if not isinstance(output, Tensor) or output.ndim < 2:
@@ -102,7 +104,7 @@ class ProjectionTap(Tap):
         query, key = (sides.get(side, _Side()) for side in ("query", "key"))
         thread.busy = True  # compiled code traces the backward here, where there is no call
         try:
-            with self.keeping():
+            with keeping(place):
                 result = _ProjectionNode.apply(
                     output,
                     projection.blocks,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import types
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +23,13 @@ from spanopt.declarations import Declaration, declare
 from spanopt.rescaling import Rescaling
 from spanopt.taps.calls import taps_by_name
 from spanopt.taps.masks import Read, allowed, read
+from spanopt.taps.mode import keeping
 from spanopt.taps.real import Tokens, appended, real_tokens
 from spanopt.taps.refusals import refuse, refuse_vmap
+from spanopt.taps.running import Place
 from spanopt.taps.sides import other_sides, put_node
 from spanopt.taps.tap import Tap
-from spanopt.taps.watcher import Watcher
+from spanopt.taps.telling import Watcher
 
 __all__ = ["HANDLERS"]
 
@@ -53,7 +54,8 @@ _SOURCES = (
 
 
 def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    if not tap.is_live():
+    place = tap.place()
+    if not place.inside:
         return func(*args, **kwargs)
     bound = {**dict(zip(_ARGUMENTS[: len(args)], args, strict=True)), **kwargs}
     query, key, heads = bound["query"], bound["key"], bound["num_heads"]
@@ -68,7 +70,7 @@ def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any
     queries, keys = _real_tokens(tap, bound, same)
     keys = appended(keys, (bound["bias_k"] is not None) + bool(bound["add_zero_attn"]))
     if not torch.compiler.is_compiling():
-        args, kwargs = tap.weights.stand_in(args, kwargs)
+        args, kwargs = tap.account.weights.stand_in(args, kwargs)
     # Only tensors, numbers and text pass through what torch.compile does not trace.
     of_sides = (tap.query.pack(), tuple(queries)), (tap.key.pack(), tuple(keys))
     focused = None
@@ -76,7 +78,7 @@ def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any
         tap.focus.reach(tap)
         focused = tap.unique_name, *tap.focus.signature(tap)
     told = of_sides, focused, tap.site.name, heads, tap.watching(), args, kwargs
-    return _forward_keeping(tap.keeping, *told) if tap.checkpoints else _forward(*told)
+    return _forward_in(place, *told) if place.repeated else _forward(*told)
 
 
 def _sources(bound: dict[str, Any]) -> list[Tensor]:
@@ -121,11 +123,11 @@ def _shown(mask: Tensor | None, batch: int, heads: int) -> Read:
 
 @in_graph
 def _forward(*told: Any) -> Any:
-    return _forward_keeping(nullcontext, *told)
+    return _forward_in(Place(True), *told)
 
 
-def _forward_keeping(
-    keeping: Any,
+def _forward_in(
+    place: Place,
     of_sides: Any,
     focused: Any,
     layer: str,
@@ -136,7 +138,7 @@ def _forward_keeping(
 ) -> Any:
     query, key = (_Side(Rescaling.unpack(packed), Tokens(*tokens)) for packed, tokens in of_sides)
     tap = None if focused is None else taps_by_name[focused[0]]
-    with _ScoreProduct(query, key, layer, heads, watcher, keeping, tap):
+    with _ScoreProduct(query, key, layer, heads, watcher, place, tap):
         return _transparent(*args, **kwargs)
 
 
@@ -155,7 +157,7 @@ class _ScoreProduct(TorchFunctionMode):
         layer: str,
         heads: int,
         watcher: Watcher | None,
-        keeping: Any,
+        place: Place,
         focused: Tap | None,
     ) -> None:
         super().__init__()
@@ -164,7 +166,7 @@ class _ScoreProduct(TorchFunctionMode):
         self.layer = layer
         self.heads = heads
         self.watcher = watcher
-        self.keeping = keeping
+        self.place = place
         self.focused = focused
         self.done = False
 
@@ -207,7 +209,7 @@ class _ScoreProduct(TorchFunctionMode):
         queries, keys = real_tokens(
             query, key, None, (self.query.given, self.key.given), self.layer
         )
-        with self.keeping():
+        with keeping(self.place):
             one, two = self.query.rescaling, self.key.rescaling
             of_query, of_key = other_sides(one.setup, self.layer, query, key)
             query = put_node(one, query, self.layer, "query", queries, of_query, self.watcher)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spanopt.declarations import Declaration, declare
+from spanopt.taps.mode import keeping
 from spanopt.taps.once import read_once
 from spanopt.taps.sides import other_sides, put_node
 from spanopt.taps.tap import Tap
@@ -29,7 +30,8 @@ def _scaled_dot_product_attention(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if tap.is_live():
+    place = tap.place()
+    if place.inside:
         tap.observe(query, key, "score")
         _check_groups(tap, query, key, kwargs.get("enable_gqa", False))
         if tap.projects(query, key):
@@ -40,7 +42,7 @@ def _scaled_dot_product_attention(
             watcher, layer = tap.watching(), tap.site.name
             if watcher is not None:
                 watcher.scores(layer, query, key, queries.mask, attn_mask, *args, **kwargs)
-            with tap.keeping():
+            with keeping(place):
                 query = put_node(tap.query, query, layer, "query", queries, of_query, watcher)
                 key = put_node(tap.key, key, layer, "key", keys, of_key, watcher)
         else:

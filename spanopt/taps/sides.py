@@ -9,7 +9,7 @@ from spanopt.node import rescaling_node
 from spanopt.rescaling import Rescaling
 from spanopt.setups import Setup
 from spanopt.taps.real import Tokens
-from spanopt.taps.watcher import Watched, Watcher, watch_node
+from spanopt.taps.telling import Watched, Watcher, watch_node
 
 __all__ = ["other_sides", "put_node"]
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from spanopt.compiling import constant_when_traced
+from spanopt.compiling import before_compilations, constant_when_traced
 from spanopt.taps.calls import live_taps, taps_by_name
 from spanopt.taps.running import calls_forward_directly, calls_of, traced_place_in
 
@@ -35,7 +34,7 @@ def remove_stale(entering: Any = None) -> None:
     """
     if torch.compiler.is_dynamo_compiling():
         return
-    watch_compilations()
+    before_compilations(_before_compilation)
     stack = _get_current_function_mode_stack()
     taps: set[Any] = {mode for mode in stack if mode in live_taps}
     for tap in taps:
@@ -45,17 +44,8 @@ def remove_stale(entering: Any = None) -> None:
             take_out(tap)
 
 
-def watch_compilations() -> None:
-    """Have stale taps taken off before anything is compiled, which would else trace them.
-
-    ``torch.compiler.reset`` takes this off again, so it is done whenever a layer is entered.
-    """
-    dynamo: Any = sys.modules.get("torch._dynamo.callback")
-    if dynamo is not None and _before_compilation not in dynamo.callback_handler.start_callbacks:
-        dynamo.callback_handler.register_start_callback(_before_compilation)
-
-
 def _before_compilation(*args: Any) -> None:
+    """Take off stale taps, which would else be traced."""
     remove_stale()
 
 
@@ -63,9 +53,9 @@ def _before_compilation(*args: Any) -> None:
 def traced_place(unique_name: str) -> int:
     """Return what a tap must know of what is being traced: one of the numbers below.
 
-    A helper of :meth:`Tap.is_live`, which ``torch.compile`` calls as it traces it.
+    A helper of :meth:`LayerMode.place`, which ``torch.compile`` calls as it traces it.
     """
-    watch_compilations()
+    before_compilations(_before_compilation)
     tap = taps_by_name.get(unique_name)
     if tap is None:
         return OUTSIDE
@@ -79,7 +69,7 @@ def traced_place(unique_name: str) -> int:
 def is_traced_directly(unique_name: str) -> bool:
     """Return whether a layer's forward is being traced, and no call of the layer.
 
-    A helper of :meth:`Tap.note_projected`, which ``torch.compile`` calls as it traces it.
+    A helper of :meth:`Account.note_projected`, which ``torch.compile`` calls as it traces it.
     """
     tap = taps_by_name.get(unique_name)
     return tap is not None and calls_forward_directly(tap.site.module, traced=True)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spanopt.taps.account import Account
 from spanopt.taps.running import roots_of_backward
 from spanopt.taps.unseen import SEEN, unscaled_weights
 
@@ -23,16 +22,19 @@ class OwnWeights:
     weights that no node is on. Attention in compiled code and in kernels is not found there.
 
     Args:
-        account: Where a use past the hooks is noted.
         parameters: The weights, which no other layer has.
         needed: Whether no module's call is known to show that they are used. If one is, they are
             watched for the first step only, unless :meth:`note_call` tells otherwise.
+
+    Attributes:
+        found: A backward pass went through attention over these weights that was not seen.
+        unsure: Attention was seen that needs no node, as it does where all scales are 1. In the
+            autograd graph it looks like attention that was not seen, which is then not looked for.
     """
 
-    def __init__(
-        self, account: Account, parameters: Sequence[nn.Parameter], needed: bool = False
-    ) -> None:
-        self._account = account
+    def __init__(self, parameters: Sequence[nn.Parameter] = (), needed: bool = False) -> None:
+        self.found: bool = False
+        self.unsure: bool = False
         # Matrices first: a bias may be there and not be used.
         self._parameters = sorted(parameters, key=lambda parameter: parameter.ndim < 2)
         self._needed = needed
@@ -66,6 +68,7 @@ class OwnWeights:
 
     def forget(self) -> None:
         """Forget what came from calls that were seen, as after an optimizer step."""
+        self.found = self.unsure = False
         self._alias = None
         self._delivered.clear()
         self.let_go()
@@ -91,14 +94,17 @@ class OwnWeights:
 
     def _view_of(self, weight: nn.Parameter) -> Tensor:
         """Return a view for all calls until the weight changes: one node has all their gradient."""
-        state = weight._version, weight.data_ptr()
-        if self._alias is None or self._alias[1:] != state:
-            alias = weight.view_as(weight)
-            node: Any = alias.grad_fn
-            node.metadata[SEEN] = True
-            node.register_hook(_Delivery(self._delivered))
+        state = weight._version, weight.untyped_storage()._cdata
+        if self._alias is not None and self._alias[1:] == state:
+            return self._alias[0]
+        alias = weight.view_as(weight)
+        node: Any = alias.grad_fn
+        node.metadata[SEEN] = True
+        node.register_hook(_Delivery(self._delivered))
+        # Where nothing is computed, as under a FakeTensorMode, it must not be kept.
+        if type(alias) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(alias):
             self._alias = alias, *state
-        return self._alias[0]
+        return alias
 
     def note_call(self, nodes: Sequence[Any], inputs: Sequence[Any]) -> None:
         """Note a call of the layer in which attention was seen.
@@ -110,7 +116,7 @@ class OwnWeights:
         self._needed = True
         self.watch()
         if not self._aliased and self._is_among(unscaled_weights(nodes, inputs)):
-            self._account.unsure = True  # a call past the hooks would look the same
+            self.unsure = True  # a call past the hooks would look the same
         self._aliased = False
 
     def _is_among(self, weights: frozenset[int]) -> bool:
@@ -123,9 +129,8 @@ class OwnWeights:
         task = torch._C._current_graph_task_id()
         if self._delivered.pop(task, None) is gradient:
             return
-        account = self._account
-        if not (account.direct or account.unsure) and self._is_among(_unscaled_in(task)):
-            account.direct = True
+        if not (self.found or self.unsure):
+            self.found = self._is_among(_unscaled_in(task))
 
 
 class _Arrival:

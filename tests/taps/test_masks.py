@@ -36,7 +36,7 @@ from torch.optim import SGD
 
 from spanopt import SpanMonitor, SpanScale, SpanScaledOptimizer, attach, token_mask
 from spanopt.taps import masks as rule
-from spanopt.taps import once, tap
+from spanopt.taps import once, verdicts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*mismatched key_padding_mask and attn_mask.*")
 
@@ -313,7 +313,7 @@ def test_each_mask_is_right_or_refused_by_the_step_in_compiled_code(kind, case):
 def test_each_mask_is_right_or_refused_by_the_step_without_reading_it(case, kind, monkeypatch):
     (allowed, real), told, _ = CASES[case]
     x, sees = inputs(CASES[case].sample)
-    for module in (rule, tap):
+    for module in (rule, verdicts):
         monkeypatch.setattr(module, "can_be_read", lambda x: False)
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda x: pytest.fail("waits for the device"))
     model = Model(KINDS[kind]()).double()

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from spanopt.node import switched_node
 from spanopt.taps.masks import allowed
+from spanopt.taps.mode import keeping
 from spanopt.taps.real import Tokens, by_document
+from spanopt.taps.running import Place
 from spanopt.taps.sides import other_sides
 from spanopt.taps.softmax.equations import layouts_of, terms_of
 from spanopt.taps.softmax.masking import note_mask
@@ -35,10 +37,11 @@ def matmul(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     mixed = mixed_by_product(tap, left, right)
     if mixed is not None:
         return carry(tap, func(*args), mixed)
-    if not _may_be_attention(tap, left, right):
+    place = _place_of_attention(tap, left, right)
+    if place is None:
         return func(*args)
     x, y = _as_multiplied(left, right)
-    product = _product(tap, left, right, x, y.mT)
+    product = _product(tap, place, left, right, x, y.mT)
     result = torch.matmul(product.left.node, product.right.node.mT)
     return carry_product(tap, result, Scores((product,)))
 
@@ -54,10 +57,11 @@ def _as_multiplied(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def bmm(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Multiply two batches of matrices with nodes on them; a summand may be a mask."""
-    if len(args) < 2 or not _may_be_attention(tap, *args[-2:]):
+    place = _place_of_attention(tap, *args[-2:]) if len(args) > 1 else None
+    if place is None:
         return func(*args, **kwargs)
     *bias, left, right = args
-    product = _product(tap, left, right, left, right.mT)
+    product = _product(tap, place, left, right, left, right.mT)
     result = func(*bias, product.left.node, product.right.node.mT, **kwargs)
     scores = Scores((product,))
     carry_product(tap, result, scores)
@@ -79,17 +83,19 @@ def einsum(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     if mixed is not None:
         return carry(tap, func(*args, **kwargs), mixed)
     layouts = layouts_of(*terms)
-    if layouts is None or not _may_be_attention(tap, left, right):
+    place = None if layouts is None else _place_of_attention(tap, left, right)
+    if layouts is None or place is None:
         return func(*args, **kwargs)
     of_left, of_right, axes = layouts
-    product = _product(tap, left, right, of_left.lay_out(left), of_right.lay_out(right))
+    product = _product(tap, place, left, right, of_left.lay_out(left), of_right.lay_out(right))
     nodes = of_left.lay_back(product.left.node, left), of_right.lay_back(product.right.node, right)
     return carry_product(tap, func(equation, *nodes), Scores((product,), axes))
 
 
-def _may_be_attention(tap: Tap, left: Any, right: Any) -> bool:
+def _place_of_attention(tap: Tap, left: Any, right: Any) -> Place | None:
+    """Return where a product is made if it may be that of Q and K, else ``None``."""
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
-        return False
+        return None
     for x in (left, right):
         scores = scores_of(tap, x)
         if scores is None:
@@ -97,45 +103,54 @@ def _may_be_attention(tap: Tap, left: Any, right: Any) -> bool:
         # The softmax's result, times the values; or scores, which are no queries. Queries may be a
         # product themselves, such as one with a rotation, which no input is in.
         if not scores.products or any(product.of_inputs for product in scores.products):
-            return False
-    if not tap.is_live():
-        return False
+            return None
+    place = tap.place()
+    if not place.inside:
+        return None
     for x in (left, right):
         if x.is_nested or x.layout != torch.strided:
-            tap.multiplied = True  # so that the layer is reported as one that was not scaled
-            return False
+            _note_multiplied(tap)  # so that the layer is reported as one that was not scaled
+            return None
     if not left.is_floating_point() or not right.is_floating_point():
-        return False
+        return None
     streams = tap.streams()
     # Against a parameter it is a linear map, and against a matrix without a batch dimension,
     # unless both were computed from what the layer was called with.
     if streams.is_weight(right):
-        return False
+        return None
     if min(left.ndim, right.ndim) < 3 and not (
         left.ndim == right.ndim == 2 and streams.of(left) and streams.of(right)
     ):
-        return False
-    tap.multiplied = True
-    return True
+        return None
+    _note_multiplied(tap)
+    return place
 
 
-def _product(tap: Tap, left: Tensor, right: Tensor, x: Tensor, y: Tensor) -> Product:
+def _note_multiplied(tap: Tap) -> None:
+    call = tap.current_call()
+    if call is not None:
+        call.multiplied = True
+
+
+def _product(tap: Tap, place: Place, left: Tensor, right: Tensor, x: Tensor, y: Tensor) -> Product:
     """Put nodes on x (..., N, d) and y (..., M, d), which are views of left and right."""
     of_left, of_right = tap.given() or (None, None)
     same = tap.is_self_attention(left, right) and x.shape[-2] == y.shape[-2]
     of_x = of_y = None
     if tap.projects(x, y):
         of_x, of_y = other_sides(tap.rescaling.setup, tap.site.name, x, y)
-    operands = _operand(tap, x, of_left, of_x), _operand(tap, y, of_right, of_y)
+    operands = _operand(tap, place, x, of_left, of_x), _operand(tap, place, y, of_right, of_y)
     streams = tap.streams()
     return Product(*operands, same, [], bool(streams.of(left) and streams.of(right)))
 
 
-def _operand(tap: Tap, x: Tensor, given: Tokens | None, other: Tensor | None) -> Operand:
+def _operand(
+    tap: Tap, place: Place, x: Tensor, given: Tokens | None, other: Tensor | None
+) -> Operand:
     query, key = tap.query, tap.key
     if not (x.requires_grad and torch.is_grad_enabled()) or tap.is_idle():
         return Operand(x, x, None)
-    with tap.keeping():
+    with keeping(place):
         node, switch, real = switched_node(
             x,
             query,

@@ -11,7 +11,7 @@ from spanopt.node import switch_on
 from spanopt.taps.masks import Read, transposed
 from spanopt.taps.softmax.scores import WEIGHTS, Product, carry, scores_of
 from spanopt.taps.tap import Tap
-from spanopt.taps.watcher import Watched, watch_node
+from spanopt.taps.telling import Watched, watch_node
 
 __all__ = ["softmax"]
 
@@ -21,9 +21,9 @@ def softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     tap.site.takes_softmax = True
     scores = scores_of(tap, args[0]) if args else None
     if scores is None:
-        may_be = tap.multiplied and args and tap.streams().may_be_of_scores(args[0])
+        may_be = args and _has_multiplied(tap) and tap.streams().may_be_of_scores(args[0])
         if may_be and tap.is_live():
-            tap.lost = True
+            tap.account.ever_lost = True
             _note_where_lost(tap, args[0])
         return func(*args, **kwargs)
     if not scores.products:
@@ -50,6 +50,11 @@ def softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         by_query = of_all.detach() if axis == -1 else of_all.detach().transpose(axis, -1)
         watcher.weights(tap.site.name, by_query, real)
     return carry(tap, weights, WEIGHTS)
+
+
+def _has_multiplied(tap: Tap) -> bool:
+    call = tap.current_call()
+    return call is not None and call.multiplied
 
 
 def _note_where_lost(tap: Tap, x: Tensor) -> None:

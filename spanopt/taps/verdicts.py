@@ -1,0 +1,117 @@
+"""What one layer's attention masks tell of padding, and the refusal of those that do not tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spanopt.errors import unclear_mask
+from spanopt.shards import is_spread
+from spanopt.taps.calls import Call
+from spanopt.taps.masks import Read, Verdict, can_be_read
+from spanopt.taps.once import judge_once
+from spanopt.taps.padding import NotedMasks
+from spanopt.taps.telling import Watcher
+
+__all__ = ["Verdicts"]
+
+
+class Verdicts:
+    """Judges the masks of one layer, and remembers those that could not be read at once.
+
+    Args:
+        layer: Name of the layer.
+
+    Attributes:
+        noted: The padding masks that the layer and the modules around it were last called with.
+        deferred: Set when a mask was judged where its values could not be read at once.
+        unclear: Above 0 if such a mask has to be refused: an integer, shape ``(1,)``, changed in
+            place. A tensor, as only the device knows.
+    """
+
+    def __init__(self, layer: str) -> None:
+        self._layer = layer
+        self.noted: tuple[NotedMasks, ...] = ()
+        self.deferred: bool = False
+        self.unclear: Tensor = _counter(torch.device("cpu"))
+
+    def count_on(self, device: torch.device) -> None:
+        """Count unclear masks on a device, from now on."""
+        if self.unclear.device != device:
+            self.unclear = _counter(device)
+
+    def forget(self) -> None:
+        """Forget the masks of past forward passes, as after an optimizer step."""
+        for noted in self.noted:
+            noted.masks = []
+        if self.deferred:
+            self.deferred = False
+            self.unclear.zero_()
+
+    def judged(self, read: Read, n: int, m: int, self_attention: bool) -> Verdict | None:
+        """Tell real tokens by the attention masks, see :func:`~spanopt.taps.masks.judge`.
+
+        Args:
+            read: What the masks show.
+            n: Number of queries.
+            m: Number of keys.
+            self_attention: Whether queries and keys are the same tokens.
+        """
+        if not read:
+            return None
+        masks: dict[int, Tensor] = {}  # by identity, as modules hand a mask on
+        for noted in self.noted:
+            for mask in noted.masks:
+                masks[id(mask)] = mask
+        return judge_once(read, n, m, self_attention, list(masks.values()))
+
+    def refuse_unclear(self, verdict: Verdict) -> None:
+        """Refuse masks that do not tell which tokens are real.
+
+        Args:
+            verdict: What they tell.
+
+        Raises:
+            ValueError: They do not. Where that can't be read without waiting for a device,
+                ``unclear`` is raised instead.
+        """
+        if can_be_read(verdict.refused):
+            if bool(verdict.refused):
+                raise unclear_mask([self._layer], verdict.keys, verdict.queries)
+            return
+        refused: Any = verdict.refused
+        if is_spread(refused):
+            refused = refused.full_tensor()
+        if not torch.compiler.is_compiling() and (type(refused) is not Tensor or refused.is_meta):
+            return  # it has no values
+        self.count_on(refused.device)  # the layer may have been moved after it was hooked
+        self.unclear.add_(refused)
+        self.deferred = True
+
+    def leave_unmeasured(self, verdict: Verdict, call: Call | None, watcher: Watcher) -> None:
+        """Have nothing more measured in a call whose masks do not tell which tokens are real.
+
+        Args:
+            verdict: What they tell. This waits for its device.
+            call: The call of the layer.
+            watcher: Who is told that nothing is measured, and why.
+        """
+        refused = verdict.refused
+        if call is None or type(refused) is not Tensor or refused.is_meta or not bool(refused):
+            return
+        call.unmeasured = True
+        reason = str(unclear_mask([self._layer], verdict.keys, verdict.queries))
+        for side in ("query", "key"):
+            watcher.failed(self._layer, side, reason)
+
+
+def _counter(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives such a block
+        counter: Any = torch.zeros(1, dtype=torch.int64, device=device)
+    # As of torch._dynamo.mark_static_address, whose import takes seconds: CUDA graphs take inputs
+    # that change in place only at addresses that do not.
+    counter._dynamo_static_input_type = "unguarded"
+    result: Tensor = counter
+    return result
