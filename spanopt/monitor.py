@@ -248,10 +248,25 @@ class SpanMonitor:
     def reading(self) -> str:
         """Say in which layers attention to fewer keys could pay, by the last measured step.
 
-        See :func:`spanopt.scores_reading.reading_of`; it takes the rows of a file too.
+        For the rows of a file there is :func:`spanopt.scores_reading.reading_of`.
+
+        Returns:
+            A sentence or two.
 
         Raises:
             ValueError: No scores have been measured.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.MultiheadAttention(8, num_heads=2, batch_first=True)
+            >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> optimizer = SpanScaledOptimizer(sgd, model, (2.0, 1.0))
+            >>> x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+            >>> with SpanMonitor(optimizer, scores=True) as monitor:
+            ...     model(x, x, x)[0].pow(2).sum().backward()
+            ...     optimizer.step()
+            >>> print(monitor.reading())
+            step 0: focus on 8 keys ...
         """
         return reading_of(self.rows, self._keys)
 

@@ -17,6 +17,14 @@ SCALE = SpanScale(2.0, 0.5)
 
 
 @pytest.fixture(autouse=True)
+def _ctrl_c_interrupts():
+    """Have Ctrl-C interrupt also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch.compiler.reset()
     yield
