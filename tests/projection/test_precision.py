@@ -118,6 +118,31 @@ def test_an_explicit_ridge_is_the_documented_filter(
     assert_near(project(basis, grad, ridge=ridge), expected, allowed, grad)
 
 
+@pytest.mark.parametrize("units", [7, 23, 25, 800])
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e6])
+def test_one_factorisation_is_as_accurate_as_two(
+    condition: float, units: int, dtype: torch.dtype
+) -> None:
+    """From 24 rounding units on a ridge takes one: both sides of that are near the filter."""
+    eps = torch.finfo(dtype).eps
+    basis = conditioned(condition, 512, 64).to(dtype)
+    grad = gradient_of(basis)
+    expected = torch.from_numpy(tikhonov(array(basis), units * eps) @ array(grad))
+    result = project(basis, grad, ridge=units * eps)
+    assert_near(result, expected, 0.1 * eps / (units * eps) ** 0.5, grad)
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (512, 8), (512, 32), (4096, 32), (16384, 16)])
+@pytest.mark.parametrize("ridge", [None, 3e-6])
+def test_identical_tokens_have_a_span(
+    shape: tuple[int, int], ridge: float | None, dtype: torch.dtype
+) -> None:
+    """Rounding makes their Gram matrix indefinite, as sums of equal terms err to one side."""
+    for seed in range(8):
+        basis = normal(1, shape[1], seed=seed).expand(shape).to(dtype)
+        assert_near(project(basis, basis, ridge=ridge), basis, 1e-5, basis)
+
+
 @pytest.mark.parametrize("condition", [10.0**exponent for exponent in range(9)])
 def test_the_default_ridge_is_the_documented_filter_at_any_condition_number(
     condition: float, dtype: torch.dtype
