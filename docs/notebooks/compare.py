@@ -100,11 +100,20 @@ result = compare(
     margin=2.0,  # a change of less than 2 % is of no interest here
     progress=False,
 )
-print(result)
+print(result.table())
 
 # %% [markdown]
 # ## Read it
 #
+# `print(result)` shows the table and then these sentences.
+
+# %%
+import textwrap
+
+for sentence in result.readings:
+    print(textwrap.fill(sentence, 72), end="\n\n")
+
+# %% [markdown]
 # - *plain* is what everything is compared with. A change below 0 is a lower
 #   loss.
 # - *near-null* changes nothing worth mentioning. What it shows is chance.
@@ -113,9 +122,8 @@ print(result)
 # - If *uniform* does as much as your arm, amplification is what helped, and
 #   not the split.
 #
-# An interval that contains 0 is no evidence for either side. The sentences
-# below the table say what may be concluded, and how many more seeds would be
-# needed.
+# An interval that contains 0 is no evidence for either side. The sentences say
+# what may be concluded, and how many more seeds would be needed.
 
 # %%
 result.plot()
