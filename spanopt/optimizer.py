@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, overload
 
 from torch import Tensor, nn
@@ -177,35 +177,12 @@ class SpanScaledOptimizer(OptimizerProxy):
     # Optimizer would add the global step hooks, which the wrapped step runs already.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _arguments_of_step(
-        self, args: Iterable[Any], kwargs: dict[str, Any]
-    ) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments of a step with a closure that checks what it did; check at once if
-        there is none.
-        """
-        args = list(args)
-        if args and callable(args[0]):
-            args[0] = self._checked(args[0])
-        elif callable(kwargs.get("closure")):
-            kwargs = {**kwargs, "closure": self._checked(kwargs["closure"])}
-        else:
-            self._check_seen()
-        return args, kwargs
-
     def _note_step(self) -> None:
         """Forget what was seen until this step, and mark the gradients that it has used."""
         self.hooks.forget()
         self._arrivals.mark(self._parameters())
 
-    def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def checked() -> Any:
-            loss = closure()
-            self._check_seen()
-            return loss
-
-        return checked
-
-    def _check_seen(self) -> None:
+    def _check_step(self) -> None:
         self.hooks.check_step(self._parameters(), self._arrivals.has_come)
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -92,8 +92,28 @@ class OptimizerProxy(Optimizer):
     def _arguments_of_step(
         self, args: Iterable[Any], kwargs: dict[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments for a step; what a subclass does before one is done here."""
-        return list(args), kwargs
+        """Return the arguments of a step with a closure that checks what it did; check at once if
+        there is none.
+        """
+        args = list(args)
+        if args and callable(args[0]):
+            args[0] = self._checked(args[0])
+        elif callable(kwargs.get("closure")):
+            kwargs = {**kwargs, "closure": self._checked(kwargs["closure"])}
+        else:
+            self._check_step()
+        return args, kwargs
+
+    def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def checked() -> Any:
+            loss = closure()
+            self._check_step()
+            return loss
+
+        return checked
+
+    def _check_step(self) -> None:
+        """Check the gradients that a step is going to use."""
 
     def _note_step(self) -> None:
         """Take note that a step was taken, before the hooks for after it run."""

@@ -11,15 +11,18 @@ from torch import Tensor
 __all__ = ["Notes"]
 
 _T = TypeVar("_T")
-_ATTRIBUTE = "_spanopt_notes"
 
 
 class Notes(Generic[_T]):
-    """What is known of tensors while a layer runs; nothing is left on them afterwards.
+    """What is known of tensors while a layer runs. It keeps none of them, and nothing is on them.
 
-    A note is an attribute of its tensor, so that it lives as long. Under ``torch.compile`` it is an
-    entry of a list: Dynamo sets no attributes on tensors that come in a tuple, hands attributes on
-    to the user, and a list costs nothing once the code is compiled.
+    A note goes by the identity of its tensor, as long as the tensor lives. Under ``torch.compile``
+    it is an entry of a list: Dynamo knows a tensor for itself again and knows no number for it, and
+    a list costs nothing once the code is compiled.
+
+    Attributes:
+        noted: Tensor and note by the tensor's ``id``, in eager code. The tensor may have died, and
+            its ``id`` may be that of another object by now.
 
     Example:
         >>> notes = Notes()
@@ -28,13 +31,13 @@ class Notes(Generic[_T]):
         >>> notes.of(x)
         'query'
         >>> notes.close()
-        >>> x.__dict__
-        {}
+        >>> notes.of(x) is None
+        True
     """
 
     def __init__(self) -> None:
-        self._noted: list[weakref.ref[Tensor]] = []
-        self._traced: list[tuple[Tensor, Any]] = []
+        self.noted: dict[int, tuple[weakref.ref[Tensor], _T]] = {}
+        self._traced: list[tuple[Tensor, _T]] = []
 
     def of(self, x: Any) -> _T | None:
         """Return the note on a tensor, ``None`` where there is none."""
@@ -42,36 +45,23 @@ class Notes(Generic[_T]):
             for other, note in self._traced:
                 if x is other:
                     return note
-        if torch.compiler.is_compiling() or not self._noted:  # traced code makes no guard on notes
+        if torch.compiler.is_dynamo_compiling():  # traced code makes no guard on eager notes
             return None
-        notes = getattr(x, _ATTRIBUTE, None)
-        return None if notes is None else notes.get(id(self))
+        noted = self.noted.get(id(x))
+        return noted[1] if noted is not None and noted[0]() is x else None
 
     def is_empty(self) -> bool:
         """Return whether there is none."""
-        return not self._traced and (torch.compiler.is_compiling() or not self._noted)
+        return not self._traced and (torch.compiler.is_dynamo_compiling() or not self.noted)
 
     def __setitem__(self, x: Tensor, note: _T) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             self._traced.insert(0, (x, note))
-            return
-        notes = getattr(x, _ATTRIBUTE, None)
-        if notes is None:
-            setattr(x, _ATTRIBUTE, {id(self): note})
         else:
-            notes[id(self)] = note
-        self._noted.append(weakref.ref(x))
+            self.noted[id(x)] = weakref.ref(x), note
 
     def close(self) -> None:
-        """Take the notes off the tensors that are left."""
+        """Forget everything."""
         self._traced.clear()
-        if torch.compiler.is_dynamo_compiling():
-            return
-        for reference in self._noted:
-            x = reference()
-            notes = getattr(x, _ATTRIBUTE, None)
-            if x is not None and notes is not None:
-                notes.pop(id(self), None)
-                if not notes:
-                    delattr(x, _ATTRIBUTE)
-        self._noted.clear()
+        if not torch.compiler.is_dynamo_compiling():
+            self.noted.clear()

@@ -47,8 +47,11 @@ class Streams:
             for bit, requires_grad in enumerate(trained)
             if requires_grad or not any(trained)
         )
-        self._notes: Notes[int] = Notes()
-        self._made: Notes[nn.Parameter | str] = Notes()
+        # By tensor: the bits of what it was computed from; or the parameter, where that is all.
+        self._notes: Notes[int | nn.Parameter | str] = Notes()
+        if not torch.compiler.is_dynamo_compiling():
+            for x in self._inputs:
+                self._notes[x] = self._input_bit(x)
 
     def input_nodes(self) -> list[Any]:
         """Return the inputs' nodes in the autograd graph."""
@@ -59,7 +62,13 @@ class Streams:
         return self._bits(x) & self._streams
 
     def _bits(self, x: Tensor) -> int:
-        return self._input_bit(x) or self._notes.of(x) or 0
+        # Traced code asks for the inputs themselves: notes of eager code are not read there.
+        if torch.compiler.is_dynamo_compiling():
+            bit = self._input_bit(x)
+            if bit:
+                return bit
+        note = self._notes.of(x)
+        return note if isinstance(note, int) else 0
 
     def _input_bit(self, x: Tensor) -> int:
         bit = _OF_SCORES
@@ -91,7 +100,10 @@ class Streams:
 
     def _made_of(self, x: Tensor) -> nn.Parameter | str | None:
         """Return what a tensor was computed from, if it is a parameter or several and no input."""
-        return x if isinstance(x, nn.Parameter) else self._made.of(x)
+        if isinstance(x, nn.Parameter):
+            return x
+        note = self._notes.of(x)
+        return None if isinstance(note, int) else note
 
     def are_one(self, x: Tensor, y: Tensor) -> bool:
         """Return whether two tensors were computed from the same inputs."""
@@ -111,19 +123,37 @@ class Streams:
         """Note what the result of a call of a function of this name was computed from."""
         if name in _NEW:
             return
-        bits = 0
-        given = _tensors_in(args[:1] if name in _SHAPED_AS else args)
-        if kwargs and name not in _SHAPED_AS:
-            given += _tensors_in(kwargs)
-        for x in given:
-            bits |= self._bits(x)
+        given = args
+        if name in _SHAPED_AS:
+            given = args[:1]
+        elif kwargs:
+            given = (*args, *kwargs.values())
+        bits = self._bits_in(given)
         if not bits:
-            self._follow_parameters(name, result, given)
+            self._follow_parameters(name, result, _tensors_in(given))
             return
         # Without a result it is an assignment to a part of the first argument.
         for x in _tensors_in(args[:1] if result is None else result):
             if self._input_bit(x) == 0:
-                self._notes[x] = bits | ((self._notes.of(x) or 0) & _OF_SCORES)
+                self._notes[x] = bits | (self._bits(x) & _OF_SCORES)
+
+    def _bits_in(self, values: Any) -> int:
+        """Return the bits of all tensors in nested tuples, lists and dicts."""
+        bits = 0
+        if torch.compiler.is_dynamo_compiling():
+            for x in _tensors_in(values):
+                bits |= self._bits(x)
+            return bits
+        # Written out, as it runs for every function that a layer calls.
+        noted = self._notes.noted
+        for x in values.values() if isinstance(values, dict) else values:
+            known = noted.get(id(x))
+            if known is not None:
+                if type(known[1]) is int and known[0]() is x:
+                    bits |= known[1]
+            elif isinstance(x, (tuple, list, dict)):
+                bits |= self._bits_in(x)
+        return bits
 
     def _follow_parameters(self, name: str, result: Any, given: list[Tensor]) -> None:
         constants = [x for x in given if not x.requires_grad and self._made_of(x) is None]
@@ -135,12 +165,11 @@ class Streams:
         if any(of is not made[0] for of in made) or not kept or (constants and name in _PRODUCTS):
             made[0] = _SEVERAL
         for x in _tensors_in(result):
-            self._made[x] = made[0]  # type: ignore[assignment]
+            self._notes[x] = made[0]  # type: ignore[assignment]
 
     def close(self) -> None:
-        """Take what was noted off the tensors."""
+        """Forget what was noted."""
         self._notes.close()
-        self._made.close()
 
 
 def _arguments(value: Any) -> list[Tensor]:
