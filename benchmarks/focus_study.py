@@ -175,16 +175,16 @@ def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return right
 
 
-def measure(task: str, seed: int, lr: float, steps: int, **settings: Any) -> list[dict[str, Any]]:
-    """Train with full attention and return the measures of scores, on the way and at the end."""
+def measure(task: str, seed: int, lr: float, **settings: Any) -> list[dict[str, Any]]:
+    """Train with full attention and return the measures of scores, every few steps."""
     monitors: list[SpanMonitor] = []
 
     def wrap(optimizer: Any, model: nn.Module) -> Any:
         wrapped = SpanScaledOptimizer(optimizer, model, {"*": (1.0, 1.0)})
-        monitors.append(SpanMonitor(wrapped, every=max(1, steps // 4), scores=True, keys=5))
+        monitors.append(SpanMonitor(wrapped, every=settings.get("every", 25), scores=True, keys=5))
         return wrapped
 
-    train(seed, wrap, lr, task=task, cap=steps, **settings)
+    train(seed, wrap, lr, task=task, **settings)
     monitors[0].close()
     return monitors[0].rows
 

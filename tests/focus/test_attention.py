@@ -66,6 +66,21 @@ def test_outputs_and_gradients_are_those_of_brute_force(kind, always, mask):
             assert_equal(outputs(partial(call, q, k, v, keeping, **options), q, k, v), expected)
 
 
+@pytest.mark.parametrize("always", [(), (0, 40)], ids=["", "always"])
+@pytest.mark.parametrize("mask", ["none", "causal", "closed", "added"])
+@pytest.mark.parametrize("kind", ["top", "window", "block"])
+def test_few_keys_of_many_are_those_of_brute_force_too(kind, mask, always):
+    q, k, v = inputs(heads=2, kv_heads=2, n=100, m=100)
+    added = torch.randn(2, 1, 100, 100, dtype=torch.float64, requires_grad=True)
+    closed = (torch.arange(100) != 2)[:, None] & torch.ones(100, 100, dtype=torch.bool).tril()
+    options = {"none": {}, "causal": {"is_causal": True}, "closed": {"mask": closed}}
+    given, others = options.get(mask, {"mask": added}), [added] if mask == "added" else []
+    expected = outputs(partial(brute, q, k, v, kind, 1, always, **given), q, k, v, *others)
+    for chunk in (7, 64):
+        focused = partial(call, q, k, v, Keeping(kind, 1, always), chunk=chunk, **given)
+        assert_equal(outputs(focused, q, k, v, *others), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n", "m"), [(3, 9), (9, 4)])
 def test_queries_and_keys_may_differ_in_number(kind, n, m):
@@ -122,6 +137,16 @@ def test_dropout_drops_weights_of_kept_keys_and_does_not_hang_on_chunks(kind):
     assert set(multipliers.unique().tolist()) <= {0.0, 1.0, 1 / 0.6}
     expected = outputs(lambda: brute(q, k, v, kind, 4, (0,), multipliers), q, k, v)
     assert_equal(results[0], expected)
+
+
+@pytest.mark.parametrize("values", [2, 10**6])
+def test_the_largest_of_many_scores_are_found_in_groups_too(values):
+    torch.manual_seed(0)
+    scores = torch.randint(values, (3, 5, 1024)).double()
+    positions = chosen(scores, Keeping("top", 16), 0, 5, 1024)
+    assert all(len(set(row)) == 16 for row in positions.flatten(0, -2).tolist())
+    found = scores.gather(-1, positions).sort(-1, descending=True).values
+    assert found.equal(scores.topk(16).values)
 
 
 def test_of_equal_scores_exactly_k_are_kept():

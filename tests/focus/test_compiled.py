@@ -118,7 +118,7 @@ def test_the_operators_are_registered_as_pytorch_wants_them():
     checks = ("test_schema", "test_faketensor")
     forward = torch.ops.spanopt.focused_attention.default
     torch.library.opcheck(forward, (q, k, v, mask, None, *settings), test_utils=checks)
-    _, positions = forward(q, k, v, mask, None, *settings)
+    _, positions, weights = forward(q, k, v, mask, None, *settings)
     backward = torch.ops.spanopt.focused_attention_backward.default
-    given = (v, q, k, v, mask, None, positions, *settings, True)
+    given = (v, q, k, v, mask, None, positions, weights, *settings, True)
     torch.library.opcheck(backward, given, test_utils=checks)
