@@ -5,7 +5,7 @@ INPUTS := pyproject.toml constraints.txt
 # Two notices of the theme about the future of mkdocs, which is pinned here, are left out.
 SITE := NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true .venv/bin/mkdocs
 
-.PHONY: demo test soak registry conformance docs serve-docs screenshots links pictures models-table study study-quick evidence bench performance package lint clean
+.PHONY: demo test soak registry conformance docs serve-docs screenshots links pictures models-table study study-quick evidence bench performance test-gpu bench-gpu package lint clean
 
 demo: .venv/demo.stamp
 	.venv/bin/python examples/train_text.py $(ARGS)
@@ -71,6 +71,14 @@ bench: .venv/study.stamp
 # docs/performance.md, from the results of `python benchmarks/bench.py run`.
 performance: .venv/study.stamp
 	.venv/bin/python benchmarks/bench.py report $(ARGS)
+
+# What wants a GPU; without one each test is skipped with a message.
+test-gpu: .venv/test.stamp
+	.venv/bin/python -m pytest tests/gpu tests/projection/test_triton.py -o addopts= -rs $(ARGS)
+
+# Whole training steps on a GPU, into benchmarks/results/gpu, in at most 8 minutes.
+bench-gpu: .venv/study.stamp
+	.venv/bin/python benchmarks/gpu.py $(ARGS)
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff check .

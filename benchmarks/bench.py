@@ -172,6 +172,7 @@ class Page:
             head = list(card["rows"][0])
             rows = [[_cell(row[name]) for name in head] for row in card["rows"]]
             conditions = f"torch {card['torch']}, {card['date']}."
+            conditions += "".join(f" Left out: {text}." for text in card.get("left_out", ()))
             parts += [f"### {card['card']}", conditions, markdown(head, rows)]
         return "\n\n".join(parts)
 
