@@ -105,7 +105,8 @@ package: .venv/package.stamp
 	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
 	awk '/^```python/ {on = 1; next} /^```/ {if (on) exit} on' README.md > build/snippet.py
 	cd build && fresh/bin/python -W error snippet.py && fresh/bin/spanopt --version
-	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "spanopt[all] @ file://$$(ls $$PWD/dist/*.whl)"
+	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		"spanopt[all] @ file://$$(ls $$PWD/dist/*.whl)" transformers lightning  # what its types are made of
 	cd build && PATH="$$PWD/fresh/bin:$$PATH" ../.venv/bin/pyright --verifytypes spanopt --ignoreexternal
 	tar tzf dist/*.tar.gz | grep -q /tests/test_optimizer.py
 	tar tzf dist/*.tar.gz | grep -q /docs/index.md
