@@ -13,7 +13,7 @@ from spanopt.groups import SpanGroup, entries_of, scales_of
 from spanopt.patterns import check_same_layers
 from spanopt.scale import SpanScale
 
-__all__ = ["check_state", "extended", "restoring", "take_parameters", "take_scales"]
+__all__ = ["extended", "load_into"]
 
 _SCALES = "span_groups"
 _PARAMETERS = "span_parameters"
@@ -31,27 +31,57 @@ _ELEMENTWISE = {
 }
 
 
-def extended(
-    state_dict: Mapping[str, Any],
-    groups: Iterable[SpanGroup],
-    model: nn.Module,
-    param_groups: Iterable[Mapping[str, Any]],
-) -> dict[str, Any]:
+def extended(optimizer: Optimizer, groups: Sequence[SpanGroup], model: nn.Module) -> dict[str, Any]:
     """Return an optimizer's state dict with the scales, and names and shapes of its parameters.
 
     Args:
-        state_dict: The wrapped optimizer's. The scales of a wrapper inside are kept.
-        groups: The scales.
+        optimizer: The wrapped optimizer. The scales of a wrapper inside are kept.
+        groups: The scales; where there are none, it is the optimizer's state dict alone.
         model: The model, for the parameters' names.
-        param_groups: The optimizer's parameter groups.
     """
+    state_dict = dict(optimizer.state_dict())
+    if not groups:
+        return state_dict
     own = [group.plain() for group in groups]
-    described = _described(model, param_groups)
+    described = _described(model, optimizer.param_groups)
     scales = [*state_dict.get(_SCALES, []), *own]
     return {**state_dict, _SCALES: scales, _PARAMETERS: described}
 
 
-def take_scales(
+def load_into(
+    optimizer: Optimizer,
+    state_dict: dict[str, Any],
+    model: nn.Module,
+    groups: Sequence[SpanGroup] | None,
+    set_scales: Callable[[Mapping[str, SpanScale]], None],
+) -> None:
+    """Load a state dict of a wrapper, or of the bare optimizer.
+
+    Args:
+        optimizer: The wrapped optimizer.
+        state_dict: From :func:`extended`, or the optimizer's own. It is changed in place.
+        model: The model, for the parameters' names.
+        groups: The scales; ``None`` for a wrapper without hooks, which takes any model's.
+        set_scales: Sets scales by layer name.
+
+    Raises:
+        ValueError: It is no state dict, or one of another model or optimizer. Optimizer and scales
+            are then as they were.
+    """
+    scales = {}
+    if groups is not None:
+        nested = hasattr(optimizer, "span_groups")
+        scales = _take_scales(state_dict, groups, nested=nested)
+    check = groups is not None
+    _take_parameters(state_dict, model, optimizer.param_groups, check=check)
+    _check_state(state_dict, optimizer, model)
+    before = {group["name"]: group.scale for group in groups or ()}
+    with _restoring(optimizer, state_dict, lambda: set_scales(before)):
+        set_scales(scales)
+        optimizer.load_state_dict(state_dict)
+
+
+def _take_scales(
     state_dict: dict[str, Any], groups: Iterable[SpanGroup], *, nested: bool
 ) -> dict[str, SpanScale]:
     """Take the scales of these groups out of a state dict.
@@ -85,7 +115,7 @@ def take_scales(
     return own
 
 
-def check_state(state_dict: Mapping[str, Any], optimizer: Optimizer, model: nn.Module) -> None:
+def _check_state(state_dict: Mapping[str, Any], optimizer: Optimizer, model: nn.Module) -> None:
     """Refuse state of another shape than its parameter, which PyTorch would take without a word.
 
     The shape is known where the optimizer has such an entry already, and for the running averages
@@ -129,7 +159,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def take_parameters(
+def _take_parameters(
     state_dict: dict[str, Any],
     model: nn.Module,
     param_groups: Iterable[Mapping[str, Any]],
@@ -165,7 +195,7 @@ def take_parameters(
 
 
 @contextlib.contextmanager
-def restoring(
+def _restoring(
     optimizer: Optimizer, state_dict: Mapping[str, Any], undo: Callable[[], None]
 ) -> Iterator[None]:
     """Put an optimizer back as it was if loading a state dict fails.

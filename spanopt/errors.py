@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from spanopt.declarations import names
 from spanopt.patterns import pattern_for
 from spanopt.sites import AttentionSite
 
@@ -86,10 +87,11 @@ def what_was_seen(site: AttentionSite) -> str:
             "called no attention that can be seen: it took a softmax of what is no product of Q "
             "and K by matmul, bmm, baddbmm or einsum"
         )
+    of_torch = ["scaled_dot_product_attention", "multi_head_attention_forward"]
+    registered = [name for name in names() if name not in of_torch]
     return (
-        "called no attention that can be seen: neither "
-        "torch.nn.functional.scaled_dot_product_attention nor multi_head_attention_forward, and it "
-        "took no softmax"
+        "called no attention that can be seen: neither torch.nn.functional."
+        f"{' nor '.join([*of_torch, *registered])}, and it took no softmax"
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spanopt.arrivals import Arrivals
-from spanopt.checkpoint import check_state, extended, restoring, take_parameters, take_scales
+from spanopt.checkpoint import extended, load_into
 from spanopt.groups import SpanGroup
 from spanopt.hooks import SpanHooks
 from spanopt.installing import install
@@ -258,15 +258,7 @@ class SpanScaledOptimizer(OptimizerProxy):
         """
         if self._is_front:
             return self.optimizer.state_dict()
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = dict(self.optimizer.state_dict())
-        if self.span_groups:
-            state_dict = extended(state_dict, self.span_groups, self.model, self.param_groups)
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            changed = post_hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        return state_dict
+        return self._save_with_hooks(lambda: extended(self.optimizer, self.span_groups, self.model))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the wrapped optimizer's state and the scales.
@@ -289,27 +281,12 @@ class SpanScaledOptimizer(OptimizerProxy):
         if self._is_front:
             self.optimizer.load_state_dict(state_dict)  # type: ignore[arg-type]
             return
-        if not isinstance(state_dict, Mapping):
-            raise ValueError(
-                f"not a state dict of {type(self.optimizer).__name__}, which is a dict, but "
-                f"{type(state_dict).__name__}"
-            )
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre_hook(self, state_dict)
-            state_dict = state_dict if changed is None else dict(changed)
-        scales = {}
-        if self._attached:
-            nested = hasattr(self.optimizer, "span_groups")
-            scales = take_scales(state_dict, self.span_groups, nested=nested)
-        take_parameters(state_dict, self.model, self.param_groups, check=self._attached)
-        check_state(state_dict, self.optimizer, self.model)
-        before = {group["name"]: group.scale for group in self.span_groups}
-        with restoring(self.optimizer, state_dict, lambda: self.hooks.set_scales(before)):
-            self.hooks.set_scales(scales)
-            self.optimizer.load_state_dict(state_dict)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        groups = self.span_groups if self._attached else None
+
+        def load(changed: dict[str, Any]) -> None:
+            load_into(self.optimizer, changed, self.model, groups, self.hooks.set_scales)
+
+        self._load_with_hooks(state_dict, load)
 
     def detach(self) -> Optimizer:
         """Take the hooks off the model.

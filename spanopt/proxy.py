@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -156,6 +156,33 @@ class OptimizerProxy(Optimizer):
         self._note_step()
         for post_hook in self._optimizer_step_post_hooks.values():
             post_hook(self, (self, *args[1:]), kwargs)
+
+    def _save_with_hooks(self, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a state dict, with the hooks for before and after it run."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = save()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def _load_with_hooks(
+        self, state_dict: Mapping[str, Any], load: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Load a state dict, with the hooks for before and after it run."""
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(
+                f"not a state dict of {type(self.optimizer).__name__}, which is a dict, but "
+                f"{type(state_dict).__name__}"
+            )
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else dict(changed)
+        load(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         own = name in self.__dict__ or hasattr(type(self), name) or "hooks" not in self.__dict__

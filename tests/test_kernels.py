@@ -144,3 +144,19 @@ def test_packed_sequences_are_refused(layer):
 
     with attach(Varlen(), SCALE) as hooks, pytest.raises(ValueError, match="4 dimensions"):
         hooks.sites[0].module(torch.randn(2, 5, 16))
+
+
+def test_the_error_about_a_layer_without_attention_names_registered_functions():
+    class Recurrent(ScoreAttention):
+        def forward(self, x):
+            q, k, v = self.project(x)
+            return self.out_proj((q * k * v).cumsum(-2).transpose(1, 2).flatten(-2))
+
+    register(flash_attention, "flash for an error")
+    model = Recurrent()
+    try:
+        with attach(model, {"": SCALE}), pytest.raises(UnscaledLayerError) as raised:
+            model(torch.randn(2, 5, 16))
+        assert "nor flash_attention, and it took no softmax" in str(raised.value)
+    finally:
+        withdraw("flash for an error")
