@@ -80,7 +80,9 @@ def value_of(name, config, form, taken=()):
         vocabulary = min(field(config, "vocab_size", default=32), 64)
         return torch.randint(3, max(vocabulary // 2, 4), (BATCH, LENGTH))
     if name == "pixel_values":
-        side = field(config, "image_size", "input_size", "img_size", default=32)
+        # Where keys are of regions, a smaller image has one region, which all queries attend to.
+        regions = any(hasattr(config, x) for x in ("sr_ratios", "sequence_reduction_ratios"))
+        side = field(config, "image_size", "input_size", "img_size", default=64 if regions else 32)
         side = side if form < 2 else 64
         channels = field(config, "num_channels", "in_channels", "in_chans", default=3)
         frames = [field(config, "num_frames", default=2)] if form == 1 else []

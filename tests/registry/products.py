@@ -13,7 +13,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 # By class of layer: which of its products of activations is that of Q and K, where not the first.
-FIRST = {"ConvBertSelfAttention": 2}  # after that of its convolution kernels
+FIRST = {
+    "ConvBertSelfAttention": 2,  # after that of its convolution kernels
+    "FalconAttention": 2,  # after its fused projection, which multiplies by a transposed weight
+}
 MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
 ADDED = (torch.baddbmm, torch.Tensor.baddbmm)
 
