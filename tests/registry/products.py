@@ -17,6 +17,8 @@ FIRST = {
     "ConvBertSelfAttention": 2,  # after that of its convolution kernels
     "FalconAttention": 2,  # after its fused projection, which multiplies by a transposed weight
 }
+# Classes of layers with a softmax over the queries, which therefore count as the keys.
+INVERTED = {"GroupViTAssignAttention"}
 MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
 ADDED = (torch.baddbmm, torch.Tensor.baddbmm)
 
@@ -85,9 +87,12 @@ class Products(TorchFunctionMode):
         if layer is None or self.products[layer] != FIRST.get(type(layer).__name__, 1):
             return q, k
         self.calls.append(q)
+        pairs = [self.query, self.key]
+        if type(layer).__name__ in INVERTED:
+            pairs.reverse()
         return (
-            hooked(q, left, features, batch, self.query),
-            hooked(k, right, features, batch, self.key),
+            hooked(q, left, features, batch, pairs[0]),
+            hooked(k, right, features, batch, pairs[1]),
         )
 
 

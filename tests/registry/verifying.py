@@ -171,8 +171,11 @@ def layers_that_call(model, attention, given):
 
 
 @contextlib.contextmanager
-def oracle(model, attention, given, calls):
-    """Put oracle hooks on the Q and K that reach the model's attention functions or products."""
+def oracle(model, attention, given, calls, left_alone=()):
+    """Put oracle hooks on the Q and K that reach the model's attention functions or products.
+
+    Products in the layers with the names ``left_alone`` get none.
+    """
 
     def wrap(function, first):
         def call(*args, **kwargs):
@@ -188,6 +191,8 @@ def oracle(model, attention, given, calls):
         return call
 
     callers = layers_that_call(model, attention, given)
+    for name in left_alone:
+        callers.update(model.get_submodule(name).modules())
     with patched(model, attention, wrap), first_products(model, callers, QUERY, KEY, calls):
         yield
 
@@ -272,6 +277,10 @@ def verify(name, attention):
             }
         else:
             break
+    left_alone = [name for name in reached if scales.get(name, scale) is None]
+    if left_alone:
+        with oracle(reference, attention, given, calls, left_alone):
+            _, expected = gradients(reference, given)
     if not torch.equal(scaled_forward, forward):
         return {**row, "outcome": "wrong", "why": "the forward pass has other values"}
     row["changes"], row["error"] = difference(plain, expected), difference(actual, expected)
