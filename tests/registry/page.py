@@ -8,7 +8,7 @@ MEANINGS = {
     "verified": "the gradients of all parameters are the reference's",
     "refused": "an error of spanopt names the layer and says what to do",
     "no attention": "no attention layer is found, and none of PyTorch's functions is called",
-    "not compared": "it trains with the scales, and there is no reference of it",
+    "not compared": "it trains with the scales, and there is no reference of all its layers",
     "not built": "the small model does not run by itself, or not within the time",
     "broken": "an error of another kind: a bug",
     "wrong": "other gradients, without an error: a bug",

@@ -2,7 +2,7 @@
 
 The rule knows nothing of softmaxes: of the products of two activations that an attention layer
 takes in its own forward pass, the first is that of queries and keys. Layers of another order are
-in ``FIRST``.
+in ``PLACES``.
 """
 
 import contextlib
@@ -12,10 +12,11 @@ from models import oracle_hook
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# By class of layer: which of its products of activations is that of Q and K, where not the first.
-FIRST = {
-    "ConvBertSelfAttention": 2,  # after that of its convolution kernels
-    "FalconAttention": 2,  # after its fused projection, which multiplies by a transposed weight
+# By class of layer: which of its products of activations are of Q and K, where not the first alone.
+PLACES = {
+    "ConvBertSelfAttention": (2,),  # after that of its convolution kernels
+    "FalconAttention": (2,),  # after its fused projection, which multiplies by a transposed weight
+    "ProphetNetNgramSelfAttention": (1, 3),  # of the main stream, and of those that predict
 }
 # Classes of layers with a softmax over the queries, which therefore count as the keys.
 INVERTED = {"GroupViTAssignAttention"}
@@ -84,7 +85,7 @@ class Products(TorchFunctionMode):
             return q, k
         layer = self.running[-1]
         self.products[layer] = self.products.get(layer, 0) + 1
-        if layer is None or self.products[layer] != FIRST.get(type(layer).__name__, 1):
+        if layer is None or self.products[layer] not in PLACES.get(type(layer).__name__, (1,)):
             return q, k
         self.calls.append(q)
         pairs = [self.query, self.key]
@@ -101,7 +102,8 @@ def running(model, entered=lambda layer: layer):
     """Yield the list of the attention layers that run just now, the innermost last.
 
     Args:
-        model: Any model. Its attention layers are those with a class named so.
+        model: Any model. Its attention layers are those with a class named so, other than a whole
+            layer of an encoder or a decoder.
         entered: Called with each layer that begins to run; what it returns is in the list.
     """
     stack, handles = [], []
@@ -113,7 +115,8 @@ def running(model, entered=lambda layer: layer):
         stack.pop()
 
     for module in model.modules():
-        if "atten" in type(module).__name__.lower():
+        kind = type(module).__name__.lower()
+        if "atten" in kind and not kind.endswith("coderlayer"):
             handles += [
                 module.register_forward_pre_hook(enter),
                 module.register_forward_hook(leave, always_call=True),
