@@ -96,6 +96,7 @@ class LayerFocus:
             result: Tensor = func(query, key, *args, **kwargs)
             return result
         _refuse(tap.site, query, key, *args)
+        _check_positions(tap, keeping)
         value, *rest = args
         focused = focused_attention(query, key, value, keeping, *rest, **kwargs)
         drops = bool(rest[1] if len(rest) > 1 else kwargs.get("dropout_p", 0.0))
@@ -105,7 +106,14 @@ class LayerFocus:
             plain = func(query, key, *args, **kwargs)
         return _InPlaceOf.apply(focused, plain)
 
-    def scores(self, tap: Tap, x: Tensor, key_axis: int, query_axes: tuple[int, ...]) -> Tensor:
+    def scores(
+        self,
+        tap: Tap,
+        x: Tensor,
+        key_axis: int,
+        query_axes: tuple[int, ...],
+        has_others: bool = False,
+    ) -> Tensor:
         """Return scores for their softmax, -inf at keys that are not kept.
 
         Args:
@@ -113,6 +121,7 @@ class LayerFocus:
             x: The scores, with masks in them.
             key_axis: The dimension of keys, counted from the end.
             query_axes: The dimensions of queries, counted from the end.
+            has_others: Whether other keys, such as a sink, stand beside those of K.
 
         Raises:
             TypeError: A DTensor, or a part of a sequence.
@@ -123,6 +132,7 @@ class LayerFocus:
         if keeping is None:
             return x
         _refuse(tap.site, x)
+        _check_positions(tap, keeping, has_others)
         if len(query_axes) > 1 and keeping.kind in ("window", "block", "strided"):
             raise UnfocusedLayerError(
                 f"layer {tap.site.name!r} has the positions of queries in {len(query_axes)} "
@@ -161,6 +171,22 @@ class LayerFocus:
     def _now(self, tap: Tap) -> Keeping | None:
         rests = self.focus.training_only and not tap.site.module.training
         return None if rests else self.keeping
+
+
+def _check_positions(tap: Tap, keeping: Keeping, has_others: bool = False) -> None:
+    """Refuse a pattern of positions where other keys stand beside those of the sequence.
+
+    Raises:
+        UnfocusedLayerError: That is so.
+    """
+    module = tap.site.module
+    if isinstance(module, nn.MultiheadAttention):
+        has_others = module.bias_k is not None or bool(module.add_zero_attn)
+    if has_others and keeping.kind in ("window", "block", "strided"):
+        raise UnfocusedLayerError(
+            f"layer {tap.site.name!r} has other keys beside those of its tokens, such as a sink, "
+            f"and kind={keeping.kind!r} goes by positions; give it kind='top'"
+        )
 
 
 def _refuse(site: AttentionSite, *tensors: Any) -> None:

@@ -33,7 +33,14 @@ class Focusing(Protocol):
         """Return the result of a call of ``scaled_dot_product_attention``."""
         ...
 
-    def scores(self, tap: Any, x: Tensor, key_axis: int, query_axes: tuple[int, ...]) -> Tensor:
+    def scores(
+        self,
+        tap: Any,
+        x: Tensor,
+        key_axis: int,
+        query_axes: tuple[int, ...],
+        has_others: bool = False,
+    ) -> Tensor:
         """Return scores for their softmax; axes are counted from the end."""
         ...
 

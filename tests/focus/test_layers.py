@@ -276,6 +276,60 @@ def test_nested_tensors_are_refused():
         model(x)
 
 
+class Sink(ScoreAttention):
+    """Puts a key of its own beside the others."""
+
+    def forward(self, x):
+        q, k, v = self.project(x)
+        scores = q @ k.mT
+        sink = torch.zeros_like(scores[..., :1])
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
+
+
+@pytest.mark.parametrize("kind", ["window", "block", "strided"])
+def test_patterns_of_positions_are_refused_beside_other_keys(kind):
+    x = torch.randn(2, N, 16)
+    options = {"add_bias_kv": True}, {"add_zero_attn": True}
+    for layer in (Sink(), *(Packed(16, 4, batch_first=True, **option) for option in options)):
+        model = nn.Sequential(layer)
+        with focus(model, Focus(3, kind)):
+            with pytest.raises(UnfocusedLayerError, match=r"layer '0' has other keys.*kind='top'"):
+                model(x)
+        with focus(model, Focus(3)):
+            model(x)
+
+
+class Packed(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+def test_distributed_tensors_and_parts_of_sequences_are_refused(monkeypatch):
+    if not torch.distributed.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
+
+    class Spread(ScoreAttention):
+        def forward(self, x):
+            mesh = init_device_mesh("cpu", (1,))
+            spread = [DTensor.from_local(y, mesh, [Replicate()]) for y in self.project(x)]
+            return F.scaled_dot_product_attention(*spread)
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    try:
+        model = nn.Sequential(Spread())
+        with focus(model, Focus(3)), pytest.raises(TypeError, match=r"layer '0'.*DTensor"):
+            model(torch.randn(2, N, 16))
+    finally:
+        torch.distributed.destroy_process_group()
+    monkeypatch.setattr("spanopt.focus.focusing.is_context_parallel", lambda: True)
+    model = nn.Sequential(ScoreAttention())
+    with focus(model, Focus(3)), pytest.raises(TypeError, match=r"layer '0'.*context_parallel"):
+        model(torch.randn(2, N, 16))
+
+
 def test_evaluation_is_focused_too_unless_training_only():
     model, batch = decoder("packed")
     model.eval()

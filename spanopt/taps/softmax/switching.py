@@ -42,7 +42,10 @@ def softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         x, real = _switch_on(tap, x, product, scores.read)
     unfocused = x
     if tap.focus is not None:
-        x = tap.focus.scores(tap, x, axis, scores.axes[sides[0] is scores.axes[0]])
+        is_left = sides[0] is scores.axes[0]
+        of_keys = scores.products[0].left if is_left else scores.products[0].right
+        has_others = x.shape[axis] != of_keys.x.shape[-2]
+        x = tap.focus.scores(tap, x, axis, scores.axes[is_left], has_others)
     weights = func(x, *rest, **kwargs)
     watcher = tap.watching()
     if watcher is not None:
