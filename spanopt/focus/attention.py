@@ -138,7 +138,7 @@ def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     of_mask = torch.empty_like(mask) if mask is not None and rest[-1] else q.new_empty(0)
-    return (*(torch.empty_like(x) for x in (q, k, v)), of_mask)
+    return (*(x.new_empty(x.shape) for x in (q, k, v)), of_mask)  # contiguous, as they come
 
 
 class _FocusedAttention(torch.autograd.Function):
