@@ -66,28 +66,26 @@ def test_cuda_says_that_nothing_waits(setup):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("formulation", ["auto", "mixed", "plain"])
-def test_mixed_precision_trains(dtype, formulation):
-    """With the gradients that scales in float32 give, up to the dtype, and scaled losses."""
-    set_formulation("plain")
-    exact = decoder()
-    batch = tokens(8, 40).to(DEVICE)
-    wrapped(exact)
-    loss_of(exact(batch), batch).backward()
-    set_formulation(formulation)
-    model = decoder()
-    optimizer = wrapped(model)
-    scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16, init_scale=2.0**10)
-    with torch.autocast(DEVICE, dtype):
-        loss = loss_of(model(batch).float(), batch)
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+@pytest.mark.parametrize("formulation", ["auto", "mixed"])
+def test_mixed_precision_trains_alike_in_every_formulation(dtype, formulation):
+    """The plain one is tested against the oracle, and they are too, by themselves."""
+    batch, models = tokens(8, 40).to(DEVICE), []
+    for name in ("plain", formulation):
+        set_formulation(name)
+        model = decoder()
+        optimizer = wrapped(model)
+        scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16, init_scale=2.0**10)
+        with torch.autocast(DEVICE, dtype):
+            loss = loss_of(model(batch).float(), batch)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        models.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(p.isfinite().all() for p in model.parameters())
+    for name, plain in models[0].items():
         if not name.endswith("k_proj.bias"):  # whose gradient is zero
-            assert (p.grad - q.grad).norm() <= 0.1 * q.grad.norm(), name
-    scaler.step(optimizer)
-    scaler.update()
-    assert all(p.isfinite().all() for p in model.parameters())
+            assert (models[1][name] - plain).norm() <= 0.03 * plain.norm(), name
 
 
 def test_a_loss_scale_that_is_too_large_is_noticed():
