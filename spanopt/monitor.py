@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import math
-import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spanopt.lifetime import end, stop, teller
 from spanopt.optimizer import SpanScaledOptimizer
 from spanopt.picture import draw
 from spanopt.reports import Reports
@@ -135,8 +135,8 @@ class SpanMonitor:
         self._of = type(optimizer.optimizer).__name__
         # Neither of these keeps the monitor or the optimizer.
         self._stops: list[Callable[[], None]] = []
-        handle = optimizer.register_step_post_hook(_teller(weakref.ref(self)))
-        self._end = weakref.finalize(self, _end, handle, self._stops, self.rows)
+        handle = optimizer.register_step_post_hook(teller(weakref.ref(self)))
+        self._end = weakref.finalize(self, end, handle, self._stops, self.rows)
         self._end.atexit = False
         self._arm(optimizer)
 
@@ -314,7 +314,7 @@ class SpanMonitor:
         if ended is None:
             return
         _, _, (handle, stops, _), _ = ended
-        _stop(handle, stops)
+        stop(handle, stops)
         self._reports.close()
 
     def __enter__(self) -> SpanMonitor:
@@ -328,32 +328,4 @@ class SpanMonitor:
         return (
             f"{type(self).__name__}(of {self._of}, every={self._every}, {state}, "
             f"{len(self.rows)} rows)"
-        )
-
-
-def _teller(monitor: weakref.ref[SpanMonitor]) -> Callable[..., None]:
-    """Return a hook on steps that does not keep the monitor it tells."""
-
-    def after_step(optimizer: Any, *_: Any) -> None:
-        told = monitor()
-        if told is not None:
-            told._after_step(optimizer)
-
-    return after_step
-
-
-def _stop(handle: Any, stops: list[Callable[[], None]]) -> None:
-    handle.remove()
-    while stops:
-        stops.pop()()
-
-
-def _end(handle: Any, stops: list[Callable[[], None]], rows: list[dict[str, Any]]) -> None:
-    """Stop a monitor that nobody keeps."""
-    _stop(handle, stops)
-    if not rows:
-        warnings.warn(
-            "a SpanMonitor was dropped before it measured anything: keep it in a variable while "
-            "training, and close() it then",
-            stacklevel=2,
         )

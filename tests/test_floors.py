@@ -17,7 +17,7 @@ FLOORS = """
     __init__
     integrations
     monitor
-    reports
+    reports lifetime
     sample picture
     measures scores scores_reading rows inspection
     guessing figures

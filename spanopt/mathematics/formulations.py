@@ -12,7 +12,7 @@ from spanopt.mathematics.spans import Total
 __all__ = ["FORMULATIONS", "combined", "get_formulation", "set_formulation"]
 
 FORMULATIONS = {
-    "auto": "fused on a GPU that can run it, otherwise mixed on any GPU, otherwise plain",
+    "auto": "mixed on a GPU, for bfloat16 and float16; otherwise plain",
     "plain": "float32 or float64 throughout; on every device and for every dtype",
     "mixed": "operands of products in bfloat16 or float16, as given, and sums in float32",
     "fused": "a Triton kernel that keeps all d x d matrices on the chip",
@@ -29,8 +29,8 @@ def set_formulation(name: str) -> None:
     Compiled code is compiled anew when this changes.
 
     Args:
-        name: ``"auto"``, the default: ``"fused"`` on a GPU that can run it, otherwise ``"mixed"``
-            on any GPU, otherwise ``"plain"``. ``"plain"``: float32 or float64 throughout.
+        name: ``"auto"``, the default: ``"mixed"`` on a GPU where Q and its gradient are bfloat16
+            or float16, otherwise ``"plain"``. ``"plain"``: float32 or float64 throughout.
             ``"mixed"``: operands of products in bfloat16 or float16, as given, and sums in
             float32. ``"fused"``: a Triton kernel. Where a forced one can't be had, the call that
             needs it is an error that says why.
@@ -105,13 +105,11 @@ def combined(
 
 
 def _best(basis: Tensor, x: Tensor, total: Total | None) -> str:
-    """Return the name of the formulation that the tensors get of themselves."""
-    if not basis.is_cuda:
-        return "plain"
-    for name, formulation in (("fused", fused), ("mixed", mixed)):
-        if not formulation.why_not(basis, x, total):
-            return name
-    return "plain"
+    """Return the name of the formulation that the tensors get of themselves.
+
+    ``"fused"`` is to be asked for, until its kernels have been run on a card.
+    """
+    return "mixed" if basis.is_cuda and not mixed.why_not(basis, x, total) else "plain"
 
 
 _forced = ["auto"]

@@ -101,21 +101,19 @@ class OnAGpu(Tensor):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "without_triton", "with_triton"),
+    ("dtype", "expected"),
     [
-        (torch.bfloat16, "mixed", "fused"),
-        (torch.float32, "plain", "fused"),
-        (torch.float64, "plain", "plain"),
+        (torch.bfloat16, "mixed"),
+        (torch.float16, "mixed"),
+        (torch.float32, "plain"),
+        (torch.float64, "plain"),
     ],
 )
-def test_a_gpu_gets_the_best_that_can_be_had(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, without_triton: str, with_triton: str
+def test_a_gpu_gets_products_of_half_precision_where_the_tensors_are(
+    dtype: torch.dtype, expected: str
 ) -> None:
     basis = normal(N, D).to(dtype).as_subclass(OnAGpu)
-    monkeypatch.setattr(fused, "_unfit_device", lambda *_: "Triton is not installed")
-    assert formulations._best(basis, basis, None) == without_triton
-    monkeypatch.setattr(fused, "_unfit_device", lambda *_: "")
-    assert formulations._best(basis, basis, None) == with_triton
+    assert formulations._best(basis, basis, None) == expected
     assert formulations._best(basis, basis, lambda part: part) == "plain"
 
 
