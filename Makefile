@@ -74,7 +74,7 @@ performance: .venv/study.stamp
 
 # What wants a GPU; without one each test is skipped with a message.
 test-gpu: .venv/test.stamp
-	.venv/bin/python -m pytest tests/gpu tests/projection/test_triton.py -o addopts= -rs $(ARGS)
+	.venv/bin/python -m pytest tests/gpu tests/mathematics/test_triton.py -o addopts= -rs $(ARGS)
 
 # Whole training steps on a GPU, into benchmarks/results/gpu, in at most 8 minutes.
 bench-gpu: .venv/study.stamp

@@ -85,8 +85,10 @@ def on_shards(
             ``None`` if every process has all tokens.
         x: Shape ``(..., H, N, d)``.
         factors: Numbers, or tensors of shape ``()`` or ``(H,)``, the same on all processes.
-        mask: As in :func:`spanopt.project`: a ``DTensor``, or the same on all processes.
-        documents: As in :func:`spanopt.projection.rescale_by_document`, likewise.
+        mask: Boolean, broadcastable to ``(..., N)``, true at real tokens; ``None`` if all are. A
+            ``DTensor``, or the same on all processes.
+        documents: Positions of each document's tokens, one row a document, the same on all
+            processes; ``None`` for one span over all tokens.
 
     Returns:
         What the node returns, spread.

@@ -135,7 +135,7 @@ def test_the_mathematics_and_the_lowest_floors_import_torch_alone(name):
     standard |= {"types", "weakref", "fnmatch", "re", "difflib", "dataclasses", "itertools"}
     standard |= {"os", "functools"}
     if name in ("mathematics.fused", "mathematics.triton_kernels"):
-        standard.add("triton")  # where it is first needed: see tests/projection/test_triton.py
+        standard.add("triton")  # where it is first needed: see tests/mathematics/test_triton.py
     others = {full.split(".")[0] for full in imports(MODULES[name].read_text(encoding="utf-8"))}
     assert others - {"spanopt", "torch"} <= standard
 

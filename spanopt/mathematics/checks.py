@@ -12,7 +12,7 @@ def check_ridge(ridge: float | None) -> None:
     """Refuse a ridge that is negative or not finite.
 
     Args:
-        ridge: As in :func:`project`.
+        ridge: A number, or ``None`` for the default of the dtype.
 
     Raises:
         TypeError: It is no number.

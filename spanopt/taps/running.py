@@ -216,7 +216,7 @@ class TracedPlace(NamedTuple):
     """Where code runs that ``torch.compile`` is tracing, seen from a layer.
 
     Attributes:
-        inside: As in :class:`Place`.
+        inside: The layer's forward is on this thread's stack.
         whole: The layer's call is being traced too. Otherwise it runs uncompiled and calls what is
             being traced.
         known: The compiled code will be run in this place only, or it may not break.

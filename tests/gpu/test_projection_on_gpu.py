@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from projection.samplers import (
+from mathematics.samplers import (
     BASES,
     DTYPES,
     PADDINGS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from projection.samplers import normal
+from mathematics.samplers import normal
 from spanopt.mathematics.factors import inverse_factor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from projection.samplers import (
+from mathematics.samplers import (
     DTYPES,
     D,
     N,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import interpreter
 
-from projection.samplers import (
+from mathematics.samplers import (
     BASES,
     D,
     N,

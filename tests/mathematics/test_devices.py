@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from projection.samplers import (
+from mathematics.samplers import (
     DTYPES,
     D,
     N,

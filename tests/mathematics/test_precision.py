@@ -7,7 +7,7 @@ import torch
 from oracle import projector, tikhonov
 from torch import Tensor
 
-from projection.samplers import (
+from mathematics.samplers import (
     BASES,
     DTYPES,
     D,

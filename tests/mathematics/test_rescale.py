@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from projection.samplers import (
+from mathematics.samplers import (
     BASES,
     DTYPES,
     D,

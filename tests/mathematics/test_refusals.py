@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from projection.samplers import INF, NAN, D, N
+from mathematics.samplers import INF, NAN, D, N
 from spanopt.projection import decompose, project, rescale
 
 # Bad input.

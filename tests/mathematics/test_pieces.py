@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from projection.samplers import (
+from mathematics.samplers import (
     NAN,
     Operations,
     assert_near,

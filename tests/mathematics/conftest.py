@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from projection.samplers import BASES, PADDINGS, gradient_of
+from mathematics.samplers import BASES, PADDINGS, gradient_of
 
 
 @pytest.fixture(params=BASES)

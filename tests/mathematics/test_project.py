@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from projection.samplers import (
+from mathematics.samplers import (
     D,
     N,
     array,

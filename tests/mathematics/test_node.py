@@ -10,7 +10,7 @@ import torch
 from oracle import projector
 from torch import Tensor
 
-from projection.samplers import (
+from mathematics.samplers import (
     BASES,
     DTYPES,
     D,

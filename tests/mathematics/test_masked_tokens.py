@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from projection.samplers import (
+from mathematics.samplers import (
     INF,
     NAN,
     D,
