@@ -1,4 +1,4 @@
-"""Telling which parameters have got a gradient since the last optimizer step."""
+"""A record that tells which parameters got a gradient since the last optimizer step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Arrivals"]
 
 
 class Arrivals:
-    """What the gradients of parameters were at the last step.
+    """A record of the gradients that parameters had at the last step.
 
     Example:
         >>> import torch
@@ -42,13 +42,14 @@ class Arrivals:
         }
 
     def has_come(self, parameter: Tensor) -> bool:
-        """Return whether a gradient has come or changed since the last step and is not zero.
+        """Return whether a parameter has a new or changed gradient that is not zero.
 
         Args:
             parameter: The parameter.
 
-        Zeros don't count: torch.distributed.checkpoint makes them up and takes a step to build the
-        optimizer's state. Reading them may wait for the device, but only on the way to an error.
+        New means: since the last step. Gradients of zeros don't count, since
+        torch.distributed.checkpoint makes some and takes a step to build the optimizer's state.
+        Reading the values may wait for the device, but only where an error is likely.
         """
         grad = parameter.grad
         if grad is None:

@@ -1,4 +1,4 @@
-"""What a state dict of the wrapper holds beside the wrapped optimizer's, and how it is compared."""
+"""The entries that the wrapper adds to an optimizer's state dict, and how loading checks them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def extended(optimizer: Optimizer, groups: Sequence[SpanGroup], model: nn.Module
     """Return an optimizer's state dict with the scales, and names and shapes of its parameters.
 
     Args:
-        optimizer: The wrapped optimizer. The scales of a wrapper inside are kept.
-        groups: The scales; where there are none, it is the optimizer's state dict alone.
+        optimizer: The wrapped optimizer. If it is a wrapper too, its scales are kept.
+        groups: The scales. If there are none, the optimizer's state dict alone is returned.
         model: The model, for the parameters' names.
     """
     state_dict = dict(optimizer.state_dict())
@@ -61,12 +61,12 @@ def load_into(
         optimizer: The wrapped optimizer.
         state_dict: From :func:`extended`, or the optimizer's own. It is changed in place.
         model: The model, for the parameters' names.
-        groups: The scales; ``None`` for a wrapper without hooks, which takes any model's.
+        groups: The scales; ``None`` for a detached wrapper, which loads those of any model.
         set_scales: Sets scales by layer name.
 
     Raises:
-        ValueError: It is no state dict, or one of another model or optimizer. Optimizer and scales
-            are then as they were.
+        ValueError: It is not a state dict, or it is one of another model or optimizer. Optimizer
+            and scales are then as they were.
     """
     scales = {}
     if groups is not None:
@@ -89,8 +89,8 @@ def _take_scales(
     Args:
         state_dict: From :func:`extended`, or a bare optimizer's. It is changed in place.
         groups: The scales of the model.
-        nested: Whether the wrapped optimizer is a wrapper too: entries of other layers are then
-            its, and stay in the state dict.
+        nested: Whether the wrapped optimizer is a wrapper too. Entries of other layers then
+            belong to it, and stay in the state dict.
 
     Returns:
         The scales by layer name; empty if the state dict has none.
@@ -116,13 +116,14 @@ def _take_scales(
 
 
 def _check_state(state_dict: Mapping[str, Any], optimizer: Optimizer, model: nn.Module) -> None:
-    """Refuse state of another shape than its parameter, which PyTorch would take without a word.
+    """Refuse state whose shape is wrong, which PyTorch would load without an error.
 
-    The shape is known where the optimizer has such an entry already, and for the running averages
-    of ``torch.optim`` and torch-optimizer, which have the shape of their parameter.
+    The right shape is known in two cases. The optimizer may have such an entry already. Or the
+    entry is a running average of ``torch.optim`` or torch-optimizer: these have the shape of their
+    parameter.
 
     Args:
-        state_dict: What is going to be loaded into the optimizer.
+        state_dict: What will be loaded into the optimizer.
         optimizer: The optimizer.
         model: The model, for the parameters' names.
 
@@ -136,7 +137,7 @@ def _check_state(state_dict: Mapping[str, Any], optimizer: Optimizer, model: nn.
         state = state_dict["state"]
         pairs = [(p, state.get(i)) for i, p in zip(indices, _parameters(optimizer), strict=False)]
     except (AttributeError, KeyError, TypeError):
-        return  # the optimizer itself says what is wrong with it
+        return  # the optimizer's own error says what is wrong with it
     for parameter, saved in pairs:
         if not isinstance(saved, Mapping):
             continue
@@ -185,7 +186,7 @@ def _take_parameters(
         saved = [[(str(name), list(shape)) for name, shape in group] for group in saved]
     except (TypeError, ValueError) as error:
         raise ValueError("'span_parameters' is not what state_dict() saves") from error
-    # By position, as the optimizer loads: names change with wrappers of the model.
+    # Compare by position, as the optimizer does: a wrapper of the model changes the names.
     shapes, own = ([[x[1] for x in group] for group in groups] for groups in (saved, here))
     if shapes != own:
         raise ValueError(
@@ -203,10 +204,10 @@ def _restoring(
     Args:
         optimizer: The optimizer that loads it.
         state_dict: What it loads, for the message.
-        undo: Called on failure, to put back what is not the optimizer's.
+        undo: Called on failure, to restore what the optimizer does not hold.
 
     Raises:
-        ValueError: What is loaded is no state dict.
+        ValueError: What is loaded is not a state dict.
     """
     state, param_groups = optimizer.state, optimizer.param_groups
     try:
@@ -227,7 +228,7 @@ def _restoring(
 def _described(
     model: nn.Module, param_groups: Iterable[Mapping[str, Any]]
 ) -> list[list[list[Any]]]:
-    """Return name and shape of each parameter of each group."""
+    """Return the name and the shape of each parameter, by parameter group."""
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     return [
         [[names.get(id(p), "not in the model"), list(p.shape)] for p in group["params"]]

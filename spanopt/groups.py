@@ -1,4 +1,4 @@
-"""Span groups: the editable scales of each attention layer, and what a checkpoint has of them."""
+"""Span groups: the editable scales of each attention layer, and how a checkpoint stores them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SpanGroup(dict[str, Any]):
 
     Its fields are ``name``, which is fixed, and ``parallel``, ``violation``, ``query`` and ``key``
     with the meaning that they have in :class:`~spanopt.SpanScale`. An assignment is checked at once
-    and takes effect from the next forward pass on; a bad one raises and changes nothing.
+    and takes effect at the next forward pass. A bad one raises an error and changes nothing.
 
     Example:
         >>> group = SpanGroup("blocks.0.attn", SpanScale(2.0, 1.0))
@@ -40,14 +40,14 @@ class SpanGroup(dict[str, Any]):
         return SpanScale.of({field: value for field, value in self.items() if field != "name"})
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Change several fields at once; either all of them change or none.
+        """Change several fields at once: either all of them change or none.
 
         Args:
             *args: A mapping of fields, as for ``dict.update``.
             **kwargs: Fields.
 
         Raises:
-            TypeError: An unknown field, or a value that is no scale.
+            TypeError: An unknown field, or a value that is not a scale.
             ValueError: A value that is not finite, another name, or a wrong number of per-head
                 values.
 
@@ -77,7 +77,7 @@ class SpanGroup(dict[str, Any]):
         return self
 
     def _fixed(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: every field is always there.
+        """Refuse to add or remove a field.
 
         Raises:
             TypeError: Always.
@@ -99,7 +99,7 @@ class SpanGroup(dict[str, Any]):
     setdefault: Any = _fixed
 
     def plain(self) -> dict[str, Any]:
-        """Return a dict of numbers, strings, lists and ``None`` only, as for a checkpoint.
+        """Return the fields for a checkpoint: only numbers, strings, lists and ``None``.
 
         Returns:
             The fields, with lists in place of tuples.
@@ -115,7 +115,7 @@ class SpanGroup(dict[str, Any]):
 
 
 def entries_of(groups: Any) -> list[tuple[str, SpanScale]]:
-    """Read the ``"span_groups"`` of a checkpoint.
+    """Read the ``"span_groups"`` of a checkpoint, where a layer may have several entries.
 
     Args:
         groups: A list of dicts such as :meth:`SpanGroup.plain` returns.
@@ -124,7 +124,7 @@ def entries_of(groups: Any) -> list[tuple[str, SpanScale]]:
         Layer names with their scales, in the same order.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: ``groups`` is something else.
 
     Example:
         >>> [(name, scale)] = entries_of([SpanGroup("attn", SpanScale(3.0, 1.0)).plain()])
@@ -152,7 +152,7 @@ def scales_of(groups: Any) -> dict[str, SpanScale]:
         The scales by layer name.
 
     Raises:
-        ValueError: It is something else, or a layer has several entries.
+        ValueError: ``groups`` is something else, or a layer has several entries.
 
     Example:
         >>> scales_of([SpanGroup("attn", SpanScale(3.0, 1.0)).plain()])["attn"].parallel

@@ -46,7 +46,7 @@ def guess_inputs(model: nn.Module) -> Iterator[Any]:
 
 
 def _guess_tensors(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
-    """Yield what the first module of each kind takes, in the order of the modules; ids at last."""
+    """Yield what the first module of each kind takes, in the order of modules; ids come last."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     options: Any = {"dtype": dtype, "device": ids.device}
     yielded = set()
@@ -70,7 +70,7 @@ def _guess_tensors(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
 
 
 def _kind(module: nn.Module) -> str | None:
-    """Return what a module with parameters of its own takes, ``None`` if that is not known."""
+    """Return the kind of input that a module with its own parameters takes; ``None`` if unknown."""
     if next(module.parameters(recurse=False), None) is None:
         return None
     if isinstance(module, nn.Embedding):
@@ -83,7 +83,7 @@ def _kind(module: nn.Module) -> str | None:
 
 
 def _width(module: nn.Module) -> Any:
-    """Return the number of features that a module takes, ``None`` if that is not known."""
+    """Return the number of features that a module takes; ``None`` if unknown."""
     for name in ("in_features", "embed_dim", "normalized_shape"):
         width = getattr(module, name, None)
         if width is not None:

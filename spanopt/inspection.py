@@ -1,4 +1,4 @@
-"""Telling, before any training, which attention layers of a model can be scaled and which not."""
+"""The inspection of a model: which of its attention layers can be scaled, before any training."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class InspectedLayer:
         name: Its qualified name in the model.
         class_name: Name of its class.
         tap: How Q and K are reached, see :class:`~spanopt.AttentionSite`; ``None`` if not known.
-        heads: Number of query heads, ``None`` if not known.
-        kv_heads: Number of key heads, ``None`` if not known.
-        head_dim: Size of a head, ``None`` if not known.
+        heads: Number of query heads; ``None`` if not known.
+        kv_heads: Number of key heads; ``None`` if not known.
+        head_dim: Head dimension; ``None`` if not known.
         trains: Whether its query and key parameters require gradients: ``"yes"``, ``"no"`` or
             ``"some"``.
-        missed: Why it would not be scaled; ``None`` if it would.
+        missed: Why it would not be scaled; ``None`` if it would be.
     """
 
     name: str
@@ -50,8 +50,9 @@ class Inspection:
 
     Attributes:
         layers: The attention layers.
-        note: What keeps the inspection from being complete, ``None`` if nothing does.
-        verified: Whether a forward pass has shown it. Otherwise it is what the code looks like.
+        note: Why the inspection is not complete; ``None`` if it is.
+        verified: Whether a forward pass has shown the result. If not, the result is only a guess
+            from the model's code.
 
     Example:
         >>> inspect_model(nn.TransformerEncoderLayer(8, nhead=2)).ok
@@ -64,11 +65,11 @@ class Inspection:
 
     @property
     def ok(self) -> bool:
-        """Whether a forward pass has shown that there is attention, and all of it can be scaled."""
+        """Whether a forward pass has shown attention layers, all of which can be scaled."""
         return self.verified and bool(self.layers) and not any(x.missed for x in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what a program reads: ``ok``, ``verified``, ``note`` and ``layers``."""
+        """Return ``ok``, ``verified``, ``note`` and ``layers`` as a dict, for programs."""
         return {
             "ok": self.ok,
             "verified": self.verified,
@@ -95,16 +96,16 @@ class Inspection:
 
 
 def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
-    """Find the attention layers of a model and see in a forward pass whether they can be scaled.
+    """Find a model's attention layers, and check in a forward pass whether they can be scaled.
 
     Args:
-        model: Any module. It is as before afterwards.
+        model: Any module. It is left as it was.
         example_inputs: Inputs for the forward pass: a tuple of positional arguments, a dict of
             keyword arguments, or one argument. By default some are made up.
 
     Returns:
-        The layers, and why any of them would be missed. If no forward pass could be made it is not
-        ``verified``.
+        The layers, and for each that would not be scaled the reason. The result is not
+        ``verified`` if no forward pass could be made.
 
     Example:
         >>> print(inspect_model(nn.TransformerEncoderLayer(8, nhead=2)))

@@ -23,14 +23,14 @@ __all__ = ["SpanScaledOptimizer"]
 
 
 class _Lease:
-    """What a wrapper and its shallow copies hold together; the hooks go when nobody does."""
+    """An object that a wrapper and its shallow copies share; the hooks go when it is freed."""
 
 
 class SpanScaledOptimizer(OptimizerProxy):
     """Wrap an optimizer so that it trains on span-scaled attention gradients.
 
-    At every attention layer of ``model``, the gradients of Q and K are split into the parallel span
-    and the span violation. Each part is scaled, and their sum goes on in place of the gradient. The
+    At every attention layer of ``model``, the gradients of Q and K are split into the parallel part
+    and the violation. Each is multiplied by its factor, and their sum replaces the gradient. The
     forward pass, the model's code and the optimizer's update rule stay as they are.
 
     ``param_groups``, ``state`` and ``defaults`` are the wrapped optimizer's own objects. Any other
@@ -41,26 +41,27 @@ class SpanScaledOptimizer(OptimizerProxy):
         optimizer: The optimizer to wrap, of ``torch.optim``, torch-optimizer, or any other with
             that interface.
         model: The model whose attention layers are scaled.
-        scales: Scales by layer name or pattern: see :func:`~spanopt.scale.resolve_scales`. One
-            :class:`~spanopt.SpanScale` for all layers. Left out it is ``{"*": SpanScale()}``,
-            which changes nothing until ``span_groups`` are edited, and says so in a warning.
+        scales: Scales by layer name or pattern, see :func:`~spanopt.scale.resolve_scales`, or one
+            :class:`~spanopt.SpanScale` for all layers. The default is ``{"*": SpanScale()}``. It
+            changes nothing until ``span_groups`` are edited, and a warning says so.
         ridge: What is added to the Gram matrix of Q or K, relative to its trace: a number of at
-            least 0. ``None``, the default, is the dtype's, see
+            least 0. By default it is ``None``, which means the default ridge of the dtype: see
             :func:`~spanopt.projection.default_ridge`.
-        on_missing: What to do at a step when a layer that was asked for was not scaled in a
-            backward pass since the last one: ``"error"``, the default, ``"warn"`` or ``"ignore"``.
-        qk_modules: Where Q and K are in layers whose attention can't be seen, by layer name or
-            pattern: ``{"blocks.0.attn": {"query": "wq", "key": "wk", "num_heads": 8}}``. By default
-            attention is seen in all layers.
+        on_missing: What to do at a step if a layer that was asked for was not scaled in the
+            backward passes since the last step: ``"error"`` (the default), ``"warn"`` or
+            ``"ignore"``.
+        qk_modules: The modules that return Q and K in layers whose attention can't be seen, by
+            layer name or pattern: ``{"blocks.0.attn": {"query": "wq", "key": "wk",
+            "num_heads": 8}}``. By default none are named, and attention is seen in all layers.
         example_inputs: Inputs for a forward pass that checks, before anything is trained, what
             only a forward pass can tell: a tuple of positional arguments, a dict of keyword
             arguments, or one argument. By default no such pass is made.
-        projection: What counts as the parallel part: ``"span"``, the default, another name of
-            :mod:`spanopt.setups`, or a function of that kind; one for all layers, or a dict by
-            layer name or pattern.
+        projection: The setup, which says what counts as the parallel part: a name in
+            :mod:`spanopt.setups` (``"span"`` by default) or a function. Give one for all layers,
+            or a dict by layer name or pattern.
         preserve_norm: Whether a rescaled gradient keeps the norm that it had before, for each
-            sequence and head; one flag for all layers, or a dict by layer name or pattern. By
-            default it does not.
+            sequence and head. Give one flag for all layers, or a dict by layer name or pattern.
+            By default the norm may change.
 
     Attributes:
         optimizer: The wrapped optimizer.
@@ -68,12 +69,12 @@ class SpanScaledOptimizer(OptimizerProxy):
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: The model has no attention layer, a key matches none, or a scale or the ridge is
-            no finite number; or a layer is scaled already; or none of a layer's trainable
+        ValueError: The model has no attention layer; a key matches no layer; a scale or the ridge
+            is not a finite number; a layer is scaled already; or none of a layer's trainable
             parameters is in ``optimizer``. Nothing is installed then.
 
     Source: "Scaling Bidirectional Spans and Span Violations in Attention Mechanism"
-    (arXiv 2512.13033), in the reading of ``docs/method.md``.
+    (arXiv 2512.13033). ``docs/method.md`` says how this project reads it.
 
     Example:
         >>> import torch
@@ -113,11 +114,11 @@ class SpanScaledOptimizer(OptimizerProxy):
         self.hooks: SpanHooks = install(
             model, request, example_inputs=example_inputs, parameters=self._parameters()
         )
-        # A wrapper that is dropped, as when a notebook cell runs again, leaves the model clean.
+        # The hooks go when the wrapper is dropped, for example when a notebook cell runs again.
         weakref.finalize(self._lease, self.hooks.remove)
 
     def _adopt(self, optimizer: Optimizer, model: nn.Module, request: Request) -> None:
-        """Set the attributes that a wrapper has whether or not it is attached."""
+        """Set the attributes that every wrapper has, attached or detached."""
         self._stand_for(optimizer)
         self.model = model
         self._request = request
@@ -133,7 +134,7 @@ class SpanScaledOptimizer(OptimizerProxy):
 
     @property
     def span_groups(self) -> list[SpanGroup]:
-        """The scales, one editable dict per scaled layer; edits act from the next forward pass on.
+        """The scales: an editable dict for each scaled layer. The next forward pass uses the edits.
 
         Example:
             >>> import torch
@@ -178,7 +179,7 @@ class SpanScaledOptimizer(OptimizerProxy):
     step.hooked = True  # type: ignore[attr-defined]
 
     def _note_step(self) -> None:
-        """Forget what was seen until this step, and mark the gradients that it has used."""
+        """Forget which layers were seen before this step, and mark the gradients that it used."""
         self.hooks.forget()
         self._arrivals.mark(self._parameters())
 
@@ -205,17 +206,17 @@ class SpanScaledOptimizer(OptimizerProxy):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the wrapped optimizer.
 
-        Attention layers may have come to the model since it was wrapped. Those whose parameters
-        are in the optimizer by now are scaled from now on, as ``scales`` says. Layers that the
-        model no longer has are let go.
+        The model may have got new attention layers since it was wrapped. Those whose parameters
+        are now in the optimizer are scaled from now on, as ``scales`` says. The hooks are taken
+        off layers that the model no longer has.
 
         Args:
-            param_group: A dict with ``"params"``, a tensor or an iterable of tensors, and with the
-                options of the wrapped optimizer for them.
+            param_group: A dict. Its ``"params"`` is a tensor or an iterable of tensors. Its other
+                entries are options of the wrapped optimizer for them.
 
         Raises:
-            ValueError: A new layer can't be scaled, for one of the reasons that making the wrapper
-                raises; or it has the name of another layer that is scaled. Nothing is added then.
+            ValueError: A new layer can't be scaled, for a reason for which making the wrapper
+                raises this error; or another scaled layer has its name. Nothing is added then.
 
         Example:
             >>> import torch
@@ -239,14 +240,15 @@ class SpanScaledOptimizer(OptimizerProxy):
             self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state dict, with two entries more.
+        """Return the wrapped optimizer's state dict, with two more entries.
 
-        ``"span_groups"`` are the scales, and ``"span_parameters"`` names and shapes of the
-        parameters, by which :meth:`load_state_dict` knows the model again. Without them it is a
-        state dict of the wrapped optimizer alone.
+        ``"span_groups"`` holds the scales. ``"span_parameters"`` holds names and shapes of the
+        parameters, by which :meth:`load_state_dict` recognises the model. Without these two
+        entries, it is the state dict of the wrapped optimizer alone.
 
         Returns:
-            Tensors, numbers, strings, lists and dicts only, as far as the wrapped optimizer's are.
+            Only tensors, numbers, strings, lists, dicts and ``None``, if that holds for the state
+            dict of the wrapped optimizer.
 
         Example:
             >>> import torch
@@ -264,12 +266,12 @@ class SpanScaledOptimizer(OptimizerProxy):
         """Restore the wrapped optimizer's state and the scales.
 
         Args:
-            state_dict: From :meth:`state_dict`, or from the bare optimizer: the scales then stay as
-                they are.
+            state_dict: What :meth:`state_dict` returned. If it comes from the bare optimizer, the
+                scales stay as they are.
 
         Raises:
-            ValueError: It is no state dict, or one of another model or optimizer, in which case the
-                message lists what differs. Optimizer and scales are then as they were.
+            ValueError: It is not a state dict, or it is one of another model or optimizer; the
+                message then lists what differs. Optimizer and scales stay as they were.
 
         Example:
             >>> import torch
@@ -292,7 +294,7 @@ class SpanScaledOptimizer(OptimizerProxy):
         """Take the hooks off the model.
 
         Returns:
-            The wrapped optimizer, to go on with.
+            The wrapped optimizer.
 
         Example:
             >>> import torch
@@ -327,8 +329,8 @@ class SpanScaledOptimizer(OptimizerProxy):
     def __copy__(self) -> SpanScaledOptimizer:
         """Return a wrapper of a shallow copy of the wrapped optimizer.
 
-        As copies of a ``torch.optim.Optimizer`` do, both share parameter groups and state. They
-        share the hooks on the model too, which go with the last of them.
+        Both share parameter groups and state, as copies of a ``torch.optim.Optimizer`` do. They
+        also share the hooks on the model. These are removed when the last of them is dropped.
         """
         copied = type(self).__new__(type(self))
         copied.__dict__.update(self.__dict__)

@@ -1,4 +1,4 @@
-"""Names of layers and patterns for them: which match, which are near, how two lists differ."""
+"""Names of layers, and patterns that match them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def matching(values: Mapping[str, Any], names: Sequence[str], what: str) -> dict
     """Give layers the values of the keys that match their names.
 
     Keys are exact layer names, shell-style patterns (``*``, ``?``, ``[...]``; ``*`` also matches
-    dots) or ``"*"`` for all. An exact name beats a pattern; among patterns the last match in the
+    dots) or ``"*"`` for all. An exact name beats a pattern. Among patterns, the last match in the
     dict wins.
 
     Args:
@@ -27,7 +27,7 @@ def matching(values: Mapping[str, Any], names: Sequence[str], what: str) -> dict
         The value of each layer that a key matches.
 
     Raises:
-        TypeError: A key that is no string.
+        TypeError: A key that is not a string.
         ValueError: A key that matches no layer.
 
     Example:
@@ -51,7 +51,7 @@ def pattern_for(names: Sequence[str], others: Sequence[str]) -> str:
         others: The names of the layers not to match.
 
     Returns:
-        A pattern; the first name where there is no simple one.
+        A pattern, or the first name if there is no simple pattern.
 
     Example:
         >>> pattern_for(["0.linear_attn", "2.linear_attn"], ["1.attn"])
@@ -78,10 +78,10 @@ def check_same_layers(saved: Iterable[str], names: Iterable[str], advice: str = 
     Args:
         saved: The names of the layers in the checkpoint.
         names: The names of the layers of the model.
-        advice: What to do, for the error; by default nothing is said.
+        advice: A sentence for the error that says what to do; by default there is none.
 
     Raises:
-        ValueError: A name is in one of them only.
+        ValueError: A name is in only one of the two lists.
 
     Example:
         >>> check_same_layers(["a"], ["b"])

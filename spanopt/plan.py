@@ -1,4 +1,4 @@
-"""Which layers of a model to scale and how: all that is checked before anything is installed."""
+"""The plan of which layers to scale and how. All is checked before anything is installed."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Request:
 
     Attributes:
         scales: Scales by layer name or pattern, or one scale for all layers.
-        ridge: Relative ridge of every projection; ``None`` for the dtype's default.
-        on_missing: What to do about a layer that was asked for and not scaled: ``"error"``,
+        ridge: Relative ridge of every projection; ``None`` means the default of the dtype.
+        on_missing: What to do about a layer that was asked for but was not scaled: ``"error"``,
             ``"warn"`` or ``"ignore"``.
         qk_modules: By layer name or pattern, the modules whose outputs are Q and K.
         projection: What counts as the parallel part: a setup by name or as a function, for all
@@ -93,14 +93,14 @@ class Request:
         return replace(self, scales={**scales, **now})
 
     def rescalings(self, names: Sequence[str]) -> dict[str, Rescaling]:
-        """Return how the gradients of each layer are rescaled, beside the factors.
+        """Return the rescaling of each layer, without its factors.
 
         Args:
             names: The names of the attention layers.
 
         Raises:
             TypeError: An argument of the wrong type.
-            ValueError: A key that matches no layer, or no such projection.
+            ValueError: A key that matches no layer, or an unknown projection.
 
         Example:
             >>> Request(projection={"a": "cross"}).rescalings(["a", "b"])["a"].setup.name
@@ -118,9 +118,9 @@ class LayerPlan:
 
     Attributes:
         site: The attention layer.
-        scale: Its scale; ``None`` leaves it alone.
-        rescaling: How its gradients are rescaled, beside the factors.
-        outputs: Where Q and K are, if the user says which modules return them.
+        scale: Its scale; ``None`` leaves the layer alone.
+        rescaling: How its gradients are rescaled, without the factors.
+        outputs: Where Q and K are, if the user named the modules that return them.
     """
 
     site: AttentionSite
@@ -136,23 +136,23 @@ def plan(
     parameters: Iterable[Tensor] | None = None,
     hooked: Sequence[AttentionSite] | None = None,
 ) -> list[LayerPlan]:
-    """Find what to scale, and check all that can be before anything is installed.
+    """Find what to scale, and check all that can be checked before anything is installed.
 
     Args:
         model: The model.
         request: What the user asks for.
-        parameters: What will be trained. When given, a scaled layer that has trainable parameters
-            and none of them here is an error.
-        hooked: Sites that are hooked already, when layers came to the model later. They are left
-            out, and so are layers that are not trained yet.
+        parameters: The parameters that will be trained. If they are given, it is an error that a
+            scaled layer has trainable parameters but none of them is among these.
+        hooked: Sites that have hooks already, if the model is planned again for new layers. They
+            are left out, and so are layers that are not trained yet.
 
     Returns:
         A plan for each attention layer.
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: No attention layer, a key that matches none, a bad scale or ridge, or a layer
-            that another attachment scales already.
+        ValueError: No attention layer, a key that matches no layer, a bad scale or ridge, or a
+            layer that another attachment scales already.
 
     Example:
         >>> plan(nn.TransformerEncoderLayer(8, nhead=2), Request(SpanScale(2.0)))[0].scale
@@ -168,7 +168,7 @@ def plan(
             f"modules that own a query and a key projection (q_proj and k_proj, to_q and to_kv, "
             f"qkv, ...). {BY_HAND}"
         )
-    # Layers that were hooked and are gone by now keep their keys valid.
+    # A key stays valid when its layer had hooks and the model no longer has the layer.
     names = list({site.name: None for site in (*sites, *(hooked or ()))})
     if request.scales is None and hooked is None:
         warnings.warn(
@@ -179,7 +179,7 @@ def plan(
         )
     scales = resolve_scales(request.scales, names)
     rescalings = request.rescalings(names)
-    for site in sites:  # a layer that is asked for by name is attention
+    for site in sites:  # a layer that the user asks for by name counts as attention
         site.asked = isinstance(request.scales, Mapping) and site.name in request.scales
         site.certain = site.certain or site.asked
     if hooked is not None:
@@ -200,7 +200,7 @@ def claim(module: nn.Module) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Note that a layer carries a tap no more."""
+    """Note that a layer no longer carries a tap."""
     _claimed.discard(module)
 
 
@@ -226,7 +226,7 @@ def _new_sites(
     hooked: Sequence[AttentionSite],
     parameters: Iterable[Tensor] | None,
 ) -> list[AttentionSite]:
-    """Return the sites that are not hooked yet and whose parameters are trained by now."""
+    """Return the sites that have no hooks yet and whose parameters are now trained."""
     trained = set(map(id, parameters or ()))
     old = {site.module for site in hooked}
     new = []
@@ -249,7 +249,10 @@ def _named_by_user(
     sites: list[AttentionSite],
     qk_modules: Mapping[str, Mapping[str, Any]],
 ) -> tuple[list[AttentionSite], dict[str, list[OutputLayout]]]:
-    """Return the sites with those that the user says where Q and K are in, and where."""
+    """Add the layers that ``qk_modules`` names to the sites.
+
+    Return the sites, and for each of these layers the modules that return Q and K.
+    """
     if not isinstance(qk_modules, Mapping):
         raise TypeError(
             "qk_modules must be a dict from layer names or patterns to dicts such as "
@@ -296,7 +299,7 @@ def _check_unclaimed(sites: Sequence[AttentionSite]) -> None:
 
 
 def _is_left_out(site: AttentionSite, trained: set[int]) -> bool:
-    """Whether a layer has trainable parameters, and none of them is among those trained, by id."""
+    """Return whether a layer has trainable parameters and no id of them is in ``trained``."""
     trainable = {id(p) for p in site.module.parameters() if p.requires_grad}
     return bool(trainable) and not trainable & trained
 

@@ -1,4 +1,4 @@
-"""One forward pass that leaves no trace, to learn what only a forward pass can tell."""
+"""A forward pass that shows what only a forward pass can tell, and restores the model's state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["run_once"]
 
 
 def run_once(model: nn.Module, example_inputs: Any) -> None:
-    """Run a model forward with gradients on, and restore random state and buffers.
+    """Run a model forward with gradients on, then restore the random state and the buffers.
 
     Args:
         model: The model.

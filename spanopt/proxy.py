@@ -1,4 +1,4 @@
-"""An optimizer around another one: its attributes are passed on, and hooks run in order."""
+"""An optimizer around another one: it passes attributes on and runs hooks in PyTorch's order."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def _passed_on(name: str) -> Any:
 
 
 def _runs_step_hooks(optimizer: Any) -> bool:
-    """Return whether ``step`` of an optimizer is PyTorch's, which runs its hooks."""
+    """Return whether ``step`` of an optimizer runs its step hooks, as PyTorch's own do."""
     return (
         isinstance(optimizer, Optimizer)
         and all(name in vars(optimizer) for name in _HOOK_TABLES)
         and getattr(type(optimizer).step, "hooked", False)
-        # A scheduler puts a function of its own around the step of one optimizer.
+        # A learning rate scheduler replaces ``step`` of the one optimizer that it has.
         and ("step" not in vars(optimizer) or hasattr(optimizer.step, "_wrapped_by_lr_sched"))
     )
 
@@ -52,15 +52,15 @@ class OptimizerProxy(Optimizer):
     """An optimizer that stands for another one and steps with it.
 
     It has hooks of its own, for steps and for state dicts. ``param_groups``, ``state`` and
-    ``defaults`` are the other optimizer's own objects, and any attribute that this class lacks is
-    read from it and set on it. A subclass sets the attribute ``hooks`` last.
+    ``defaults`` are the other optimizer's own objects. Any attribute that this class lacks is read
+    from the other optimizer and set on it. A subclass sets the attribute ``hooks`` last.
 
     Attributes:
         optimizer: The other optimizer.
     """
 
     def _stand_for(self, optimizer: Optimizer) -> None:
-        """Take an optimizer to stand for; Optimizer.__init__ would make groups of our own."""
+        """Set the other optimizer, without ``Optimizer.__init__``, which would make new groups."""
         missing = [name for name in _INTERFACE if not hasattr(optimizer, name)]
         if missing:
             raise TypeError(
@@ -73,8 +73,9 @@ class OptimizerProxy(Optimizer):
 
     @property
     def _is_front(self) -> bool:
-        """Return whether this is a stand-in for a wrapper: of a class made from the wrapper's, with
-        the wrapper as its optimizer.
+        """Return whether this object only stands for a wrapper.
+
+        Its class was then made from the wrapper's class, and its ``optimizer`` is the wrapper.
         """
         return "hooks" not in self.__dict__
 
@@ -92,8 +93,9 @@ class OptimizerProxy(Optimizer):
     def _arguments_of_step(
         self, args: Iterable[Any], kwargs: dict[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments of a step with a closure that checks what it did; check at once if
-        there is none.
+        """Return the arguments of a step, with a closure that checks the gradients at its end.
+
+        Without a closure, check the gradients at once.
         """
         args = list(args)
         if args and callable(args[0]):
@@ -113,19 +115,19 @@ class OptimizerProxy(Optimizer):
         return checked
 
     def _check_step(self) -> None:
-        """Check the gradients that a step is going to use."""
+        """Check the gradients that a step will use."""
 
     def _note_step(self) -> None:
-        """Take note that a step was taken, before the hooks for after it run."""
+        """Note that a step was taken. This is called before the step post-hooks run."""
 
     def _step_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        """Take a step with the step hooks in the order in which PyTorch runs them."""
+        """Take a step, and run the step hooks in PyTorch's order."""
         if not _runs_step_hooks(self.optimizer):
             (_, *args), kwargs = self._before_step(self, (self, *args), kwargs)  # type: ignore[assignment]
             result = self.optimizer.step(*args, **kwargs)
             self._after_step(self, (self, *args), kwargs)
             return result
-        # Within those of the wrapped step: global hooks are the first before it and the last after.
+        # These run within the wrapped step. Global hooks run first before it and last after it.
         before = self.optimizer._optimizer_step_pre_hooks
         after = self.optimizer._optimizer_step_post_hooks
         key: Any = ("SpanScaledOptimizer", id(self))
@@ -140,7 +142,7 @@ class OptimizerProxy(Optimizer):
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Run the hooks for before a step: a hook of the wrapped optimizer itself."""
+        """Run this object's step pre-hooks, as a pre-hook of the wrapped optimizer."""
         _, *rest = args
         for pre_hook in self._optimizer_step_pre_hooks.values():
             changed = pre_hook(self, (self, *rest), kwargs)
@@ -152,13 +154,13 @@ class OptimizerProxy(Optimizer):
     def _after_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Run the hooks for after a step: a hook of the wrapped optimizer itself."""
+        """Run this object's step post-hooks, as a post-hook of the wrapped optimizer."""
         self._note_step()
         for post_hook in self._optimizer_step_post_hooks.values():
             post_hook(self, (self, *args[1:]), kwargs)
 
     def _save_with_hooks(self, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a state dict, with the hooks for before and after it run."""
+        """Return a state dict, and run the pre-hooks and post-hooks of that."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = save()
@@ -170,7 +172,7 @@ class OptimizerProxy(Optimizer):
     def _load_with_hooks(
         self, state_dict: Mapping[str, Any], load: Callable[[dict[str, Any]], None]
     ) -> None:
-        """Load a state dict, with the hooks for before and after it run."""
+        """Load a state dict, and run the pre-hooks and post-hooks of that."""
         if not isinstance(state_dict, Mapping):
             raise ValueError(
                 f"not a state dict of {type(self.optimizer).__name__}, which is a dict, but "
@@ -192,6 +194,6 @@ class OptimizerProxy(Optimizer):
             setattr(self.optimizer, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":  # not set yet, while being unpickled
+        if name == "optimizer":  # it is not set yet while the object is unpickled
             raise AttributeError(name)
         return getattr(self.optimizer, name)

@@ -1,4 +1,4 @@
-"""Scales: what a user asks for, per layer, and how it is checked. No tensors, no modules."""
+"""Scales: the factors that a user gives for each layer, and the checks of them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _SIDES = ("query", "key")
 
 @dataclass(frozen=True)
 class SpanScale:
-    """Factors for the parallel span and the span violation of one attention layer's gradients.
+    """Factors for the parallel part and the violation of one attention layer's gradients.
 
     The gradient g of Q becomes ``parallel * P g + violation * (g - P g)``, where P is the projector
     onto the column space of Q. For the gradient of K, P is the projector onto the column space of
     K.
 
     Args:
-        parallel: Factor of the parallel span: a finite number, or a sequence of one per head
-            (query heads on the query side; under grouped-query attention the key side takes one
-            per key/value head).
-        violation: Factor of the violation: a finite number, or a sequence of one per head.
-        query: ``(parallel, violation)`` for the query side, in place of the first two.
-        key: ``(parallel, violation)`` for the key side, in place of the first two.
+        parallel: Factor of the parallel part: a finite number, or a sequence with one number per
+            head. The query side has the query heads. Under grouped-query attention the key side
+            has the key/value heads.
+        violation: Factor of the violation: a finite number, or a sequence with one per head.
+        query: ``(parallel, violation)`` for the query side, in place of the two above.
+        key: ``(parallel, violation)`` for the key side, in place of the two above.
 
     Raises:
         TypeError: A factor that is not a number or a sequence of numbers, or a side that is not a
@@ -40,10 +40,11 @@ class SpanScale:
             that differ in length.
 
     Note:
-        The defaults are 1, which leaves the gradient as it is, because this project's own study,
-        ``docs/evidence.md``, found no scales that train better than none: with (2, 1), as the
-        source describes it, the validation loss of a small language model at tuned learning rates
-        changes by +1.00 % (95 % interval +0.35 to +1.65) against plain training.
+        The defaults are 1, which leaves the gradient as it is. The reason is this project's own
+        study, ``docs/evidence.md``: it found no scales that train better than none. With (2, 1),
+        the scale that the source describes, it trained a small language model at tuned learning
+        rates. The validation loss changed by +1.00 % (95 % interval +0.35 to +1.65) against plain
+        training.
 
     Example:
         >>> SpanScale(parallel=2.0, violation=1.0)
@@ -77,7 +78,7 @@ class SpanScale:
             side: ``"query"`` or ``"key"``.
 
         Returns:
-            The factors that apply there.
+            The factors that apply to that side.
 
         Example:
             >>> SpanScale(3.0, query=(2.0, 0.5)).side("query")
@@ -90,7 +91,7 @@ class SpanScale:
 
     @classmethod
     def of(cls, value: ScaleLike) -> SpanScale:
-        """Return the scale that a dict value stands for.
+        """Return the scale that a value of the scales dict stands for.
 
         Args:
             value: A ``SpanScale``, a mapping of its fields, or a ``(parallel, violation)`` pair.
@@ -127,7 +128,7 @@ class SpanScale:
         """Return the four fields as a dict of numbers, tuples and ``None``.
 
         Returns:
-            What :meth:`of` turns back into an equal scale.
+            A dict from which :meth:`of` makes an equal scale.
 
         Example:
             >>> SpanScale([2.0, 3.0]).fields()
@@ -148,16 +149,17 @@ def resolve_scales(
     """Give each attention layer its scale.
 
     Keys are exact layer names, shell-style patterns (``*``, ``?``, ``[...]``; ``*`` also matches
-    dots) or ``"*"`` for all. An exact name beats a pattern; among patterns the last match in the
-    dict wins. A layer that no key matches is left alone, as is one whose value is ``None``.
+    dots) or ``"*"`` for all. An exact name beats a pattern. Among patterns, the last match in the
+    dict wins. A layer is left alone if no key matches it or if its value is ``None``.
 
     Args:
-        scales: The dict; one :class:`SpanScale` or ``(parallel, violation)`` pair for all layers;
-            ``None`` for the default scale, which changes nothing, on all layers.
+        scales: A dict by layer name or pattern, or one :class:`SpanScale` or
+            ``(parallel, violation)`` pair for all layers. ``None`` gives all layers the default
+            scale, which changes nothing.
         names: The names of the model's attention layers.
 
     Returns:
-        For each name its scale, or ``None`` to leave the layer alone.
+        The scale of each layer by name; ``None`` for a layer that is left alone.
 
     Raises:
         TypeError: A value or key of another type.

@@ -1,4 +1,4 @@
-"""Moving the scales from step to step, in the manner of ``torch.optim.lr_scheduler``."""
+"""A scheduler that moves the scales from step to step, like ``torch.optim.lr_scheduler``."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ __all__ = ["SpanScheduler"]
 class SpanScheduler:
     """Move the scales of a wrapped optimizer from step to step.
 
-    Scales are set at once for step 0, and by each :meth:`step` for the next. The layers, and the
-    scales that a strength refers to, are those at the time this is made: a layer that comes to the
-    model later needs a scheduler of its own.
+    Making the scheduler sets the scales for step 0. Each :meth:`step` sets them for the next step.
+    The scheduler takes the layers and their present scales, to which a strength refers, when it is
+    made. A layer that comes to the model later needs a scheduler of its own.
 
     Args:
         optimizer: A :class:`~spanopt.SpanScaledOptimizer`, or the :class:`~spanopt.SpanHooks` of
             :func:`~spanopt.attach`.
         schedule: A function of the number of steps taken, such as :func:`spanopt.linear` returns,
-            or such functions by layer name or pattern. An exact name goes before patterns, and a
-            later pattern before an earlier one. What no key matches, or ``None``, is left alone. A
-            function gives a strength, a number: 0 stands for (1, 1) and 1 for the scales that the
-            layer has now; both factors are linear in it, also outside [0, 1]. Or it gives a scale.
+            or a dict of such functions by layer name or pattern. An exact name beats a pattern, and
+            a later pattern beats an earlier one. A layer is left alone if no key matches it or its
+            value is ``None``. A function returns a scale or a strength. A strength is a number: 0
+            stands for (1, 1), and 1 for the scale that the layer has now. Both factors are linear
+            in it, also outside [0, 1].
 
     Raises:
         TypeError: A schedule that is not callable, such as the name of one.
-        ValueError: A key that matches no scaled layer, or a schedule that gives what is no scale.
-            The scales are then as they were.
+        ValueError: A key matches no scaled layer, or a schedule returns something that is neither
+            a strength nor a scale. The scales are then as they were.
 
     Example:
         >>> import torch
@@ -68,10 +69,11 @@ class SpanScheduler:
         self._hooks.hold(self._schedules)
 
     def step(self) -> None:
-        """Set the scales for the next step; to be called after the optimizer's.
+        """Set the scales for the next step. Call it after the optimizer's ``step``.
 
         Raises:
-            ValueError: A schedule gave what is no scale. The scales are then as they were.
+            ValueError: A schedule returned something that is neither a strength nor a scale. The
+                scales are then as they were.
 
         Example:
             >>> from torch import nn
@@ -85,7 +87,7 @@ class SpanScheduler:
         self._step += 1
 
     def get_last_scale(self) -> dict[str, SpanScale]:
-        """Return the scales set last, by layer name.
+        """Return the scales that were set last, by layer name.
 
         Example:
             >>> from torch import nn
@@ -101,9 +103,9 @@ class SpanScheduler:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step, and the scales that strengths refer to.
+        """Return the step number, and the scales to which strengths refer.
 
-        Schedules themselves are code and are not saved.
+        The schedules are not saved, since they are code.
 
         Returns:
             Numbers, strings, lists, dicts and ``None`` only.
@@ -119,14 +121,14 @@ class SpanScheduler:
         return {"step": self._step, "base_scales": base}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where another scheduler was, and set its scales.
+        """Continue from the step of a saved scheduler, and set its scales.
 
         Args:
             state_dict: From :meth:`state_dict`.
 
         Raises:
-            ValueError: It names other layers, or is no state dict of a scheduler. Nothing has
-                changed then.
+            ValueError: It names other layers, or it is not the state dict of a scheduler. Nothing
+                has changed then.
 
         Example:
             >>> from torch import nn
@@ -198,7 +200,7 @@ def _scale(base: SpanScale, value: Any) -> SpanScale:
 
 
 def _toward(factor: Factor, strength: float) -> Any:
-    """Return what lies between 1 and a factor."""
+    """Return the number that is ``strength`` of the way from 1 to a factor."""
     if isinstance(factor, tuple):
         return tuple(_toward(one, strength) for one in factor)
     return 1.0 + strength * (factor - 1.0)

@@ -1,8 +1,8 @@
 """Schedules: functions from the number of steps taken to a strength or a scale.
 
-The *strength* says how far the scales act: 0 is the identity (1, 1), 1 is what the user asked for.
-Both factors are linear in it, so 0.5 is half way, 2 goes as far again beyond, and below 0 a factor
-moves to the other side of 1. A schedule may give a scale itself in place of a strength.
+The *strength* says how far the scales act: 0 is the identity (1, 1), and 1 is the scale that the
+user asked for. Both factors are linear in it: 0.5 is half way, and 2 is twice as far from (1, 1).
+Below 0, a factor moves to the other side of 1. A schedule may also return a scale, not a strength.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Schedule: TypeAlias = Callable[[int], "float | ScaleLike"]
 
 
 def constant(strength: float = 1.0) -> Schedule:
-    """Return a schedule that stays as it is.
+    """Return a schedule that has the same strength at every step.
 
     Args:
         strength: The strength at every step, 1 by default.
@@ -36,10 +36,10 @@ def constant(strength: float = 1.0) -> Schedule:
 
 
 def linear(steps: int, start: float = 0.0, end: float = 1.0) -> Schedule:
-    """Return a schedule from one strength to another in equal steps: a warm-up by default.
+    """Return a schedule that goes from one strength to another linearly: by default a warm-up.
 
     Args:
-        steps: Number of optimizer steps, at least 1; it stays at ``end`` from there on.
+        steps: Number of optimizer steps, at least 1. After them the strength stays at ``end``.
         start: Strength at step 0, by default 0.
         end: Strength at ``steps``, by default 1.
 
@@ -58,10 +58,10 @@ def linear(steps: int, start: float = 0.0, end: float = 1.0) -> Schedule:
 
 
 def cosine(steps: int, start: float = 1.0, end: float = 0.0) -> Schedule:
-    """Return a schedule from one strength to another along half a cosine: a decay by default.
+    """Return a schedule that follows half a cosine between two strengths: by default a decay.
 
     Args:
-        steps: Number of optimizer steps, at least 1; it stays at ``end`` from there on.
+        steps: Number of optimizer steps, at least 1. After them the strength stays at ``end``.
         start: Strength at step 0, by default 1.
         end: Strength at ``steps``, by default 0.
 
@@ -80,10 +80,10 @@ def cosine(steps: int, start: float = 1.0, end: float = 0.0) -> Schedule:
 
 
 def piecewise(values: Mapping[int, float | ScaleLike]) -> Schedule:
-    """Return a schedule that takes given strengths or scales from given steps on.
+    """Return a schedule that changes to a given strength or scale at each given step.
 
     Args:
-        values: Strengths or scales by the step from which on they hold; 0 must be among the steps.
+        values: Strengths or scales by the step at which they begin. One of the steps must be 0.
 
     Returns:
         The schedule.
@@ -103,17 +103,18 @@ def piecewise(values: Mapping[int, float | ScaleLike]) -> Schedule:
 
 
 def chained(*parts: tuple[Schedule, int] | Schedule) -> Schedule:
-    """Return schedules one after another, each with steps counted from its beginning.
+    """Return a schedule that runs others one after another. Each counts its own steps from 0.
 
     Args:
-        *parts: Pairs of a schedule and its number of steps, and a last schedule that goes on.
+        *parts: Pairs of a schedule and its number of steps, then one schedule without a number,
+            which runs to the end.
 
     Returns:
         The schedule.
 
     Raises:
-        TypeError: A part other than the last without its number of steps.
-        ValueError: Fewer than one step.
+        TypeError: A part before the last has no number of steps, or the last has one.
+        ValueError: A number of steps is less than 1.
 
     Example:
         >>> schedule = chained((linear(10), 10), (constant(), 80), cosine(10))

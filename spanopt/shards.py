@@ -1,4 +1,4 @@
-"""Nodes on a Q or K that is spread over processes: a ``DTensor``."""
+"""Nodes on a Q or K that is spread over several processes, as a ``DTensor``."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Spread(NamedTuple):
 
     Attributes:
         mesh: A device mesh.
-        dims: Its dimensions along which tokens are spread.
+        dims: The dimensions of the mesh along which tokens are spread.
     """
 
     mesh: Any
     dims: tuple[int, ...]
 
     def total(self, part: Tensor, operation: str = "sum") -> Tensor:
-        """Return the sum over the processes, or the largest of their values.
+        """Return the sum, or the largest, of the values of all processes.
 
         Args:
             part: This process's value.
@@ -38,7 +38,7 @@ class Spread(NamedTuple):
         ]
         whole = DTensor.from_local(part, self.mesh, spread, run_check=False)
         whole = whole.redistribute(placements=[Replicate()] * self.mesh.ndim)
-        # Each process goes on with tokens of its own, so double backward has to add up as well.
+        # Each process then uses its own tokens, so double backward must also sum over processes.
         return whole.to_local(grad_placements=spread)
 
 
@@ -50,14 +50,14 @@ def is_spread(x: Tensor) -> bool:
         >>> is_spread(torch.ones(2, 1))
         False
     """
-    return type(x).__name__ == "DTensor"  # an instance check would import what defines it
+    return type(x).__name__ == "DTensor"  # isinstance() would need an import
 
 
 def is_context_parallel() -> bool:
     """Return whether ``torch.distributed.tensor.experimental.context_parallel`` is active.
 
-    It puts a function of its own, which makes ``DTensor`` of each process's part of the sequences,
-    in the place of ``scaled_dot_product_attention``. Others do the same for other ends.
+    It replaces ``scaled_dot_product_attention`` by its own function, which makes a ``DTensor`` of
+    each process's part of the sequences. Other libraries replace it for other reasons.
 
     Example:
         >>> is_context_parallel()
@@ -76,22 +76,22 @@ def on_shards(
 ) -> Tensor:
     """Put a node on the part of Q or K that this process has.
 
-    Batch and heads may be spread at will, each process then rescales its own. Where tokens are, the
-    processes add up their d x d matrices. Spread features are gathered, and so are spread batches
-    and tokens where there are documents.
+    If batch or heads are spread, each process rescales its own part. If tokens are spread, the
+    processes sum their d x d matrices. Spread features are gathered. With documents, a spread
+    batch and spread tokens are gathered too.
 
     Args:
         node: Called as ``node(local, factors, mask, documents, spread)``, where ``spread`` is
             ``None`` if every process has all tokens.
         x: Shape ``(..., H, N, d)``.
         factors: Numbers, or tensors of shape ``()`` or ``(H,)``, the same on all processes.
-        mask: Boolean, broadcastable to ``(..., N)``, true at real tokens; ``None`` if all are. A
-            ``DTensor``, or the same on all processes.
-        documents: Positions of each document's tokens, one row a document, the same on all
+        mask: Boolean, broadcastable to ``(..., N)``, true at real tokens; ``None`` if all are
+            real. It is a ``DTensor``, or the same tensor on all processes.
+        documents: Positions of each document's tokens, one row per document, the same on all
             processes; ``None`` for one span over all tokens.
 
     Returns:
-        What the node returns, spread.
+        What the node returns, as a ``DTensor`` with the layout that the node's input had.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -102,7 +102,7 @@ def on_shards(
     x = x.redistribute(placements=layout)
 
     def local(value: Any, first: int) -> Any:
-        """Return this process's part of what has the dimensions of x from this one on."""
+        """Return this process's part of a value whose first dimension is ``first`` of x."""
         if not isinstance(value, Tensor) or value.ndim == 0:
             return value
         if not isinstance(value, DTensor):

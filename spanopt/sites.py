@@ -1,4 +1,4 @@
-"""Finding a model's attention layers before any forward pass."""
+"""How a model's attention layers are found before any forward pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FILLERS = {
 _QUERY = {"q", "query", "queries"}
 _KEY = {"k", "key", "keys", "kv"}
 _FUSED = {"qkv", "kqv", "qk", "querykeyvalue"}
-# What wrappers call the module inside: of torch.compile, FSDP1 and activation checkpointing.
+# The names under which wrappers keep the module: torch.compile, FSDP1, activation checkpointing.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -36,20 +36,21 @@ class AttentionSite:
         module: The layer.
         tap: How Q and K are reached: ``"packed"`` (``nn.MultiheadAttention``), ``"score"`` (a call
             of ``scaled_dot_product_attention``), ``"softmax"`` (attention written out by hand) or
-            ``"projection"`` (the outputs of modules that the user names); ``None`` where only the
-            first forward pass tells.
-        certain: Whether it is attention beyond doubt. A layer found only because its code
-            multiplies matrices and takes a softmax is let go when its forward pass shows none.
-        asked: Whether the user gave this name for scaling, rather than a pattern: then the layer
-            is not let go.
+            ``"projection"`` (the outputs of modules that the user names). It is ``None`` where
+            only the first forward pass can tell.
+        certain: Whether it is surely attention. If it is not, the layer was found only because its
+            code multiplies matrices and takes a softmax. Such a layer is dropped if its forward
+            pass shows no attention.
+        asked: Whether the user asked to scale it by its own name, not by a pattern. Such a layer is
+            never dropped.
         heads: Number of query heads; ``None`` until the first forward pass tells.
-        kv_heads: Number of key heads; ``None`` until then.
-        head_dim: Size d of a head; ``None`` until then.
-        query_length: Number of queries N in the last forward pass; ``None`` before it.
-        key_length: Number of keys M in the last forward pass; ``None`` before it.
-        takes_softmax: Whether a softmax was seen in the last forward pass; ``None`` before it.
-        lost_at: The operation from which on a product was not followed to a softmax, such as
-            ``"cumsum"``; ``None`` where no product was lost.
+        kv_heads: Number of key heads; ``None`` until the first forward pass tells.
+        head_dim: Head dimension d; ``None`` until the first forward pass tells.
+        query_length: Number of queries N in the last forward pass; ``None`` before the first.
+        key_length: Number of keys M in the last forward pass; ``None`` before the first.
+        takes_softmax: Whether the last forward pass showed a softmax; ``None`` before the first.
+        lost_at: The operation, such as ``"cumsum"``, at which the tap lost track of a matrix
+            product before any softmax; ``None`` if none was lost.
 
     Example:
         >>> from torch import nn
@@ -79,7 +80,7 @@ class AttentionSite:
     def query_key_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of the query and key projections, fused ones included.
 
-        All parameters of the layer where no name tells.
+        If no name tells which they are, yield all parameters of the layer.
 
         Example:
             >>> site, = find_attention(nn.MultiheadAttention(8, num_heads=2))
@@ -108,21 +109,21 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
     A module is an attention layer when one of these holds:
 
     1. it is an ``nn.MultiheadAttention``;
-    2. its own code calls ``scaled_dot_product_attention``: its ``forward``, the methods of its
-       class, and the plain functions and registries of functions that these refer to, but not its
-       submodules;
+    2. its own code calls ``scaled_dot_product_attention``. Its own code is its ``forward``, the
+       methods of its class, and the plain functions and registries of functions that these refer
+       to, but not its submodules;
     3. it owns a query and a key projection by name (``q_proj`` and ``k_proj``, ``to_q`` and
        ``to_kv``, ``query`` and ``key``, ``wq`` and ``wk``, a fused ``qkv`` or ``c_attn``, ...). If
-       such a layer turns out to call no attention that can be seen, its first forward pass is an
-       error;
+       its first forward pass calls no attention that can be seen, that is an error;
     4. its own code multiplies matrices and takes a softmax, and it owns at least two modules with
-       parameters, or none, or one linear layer with more outputs than inputs: not ``certain``
-       before the first forward pass.
+       parameters, or none, or one linear layer with more outputs than inputs. Such a layer is not
+       ``certain`` before the first forward pass.
 
-    A layer of the third or fourth kind that contains another with projections of its own only wraps
-    it, and is left out; a layer without projections inside one of the third kind is a part of it.
-    A module that is used twice appears once. ``torch.compile`` and data-parallel wrappers are
-    looked through, and the names are those without them.
+    A layer of the third or fourth kind is left out if it contains another with projections of its
+    own, since it only wraps that one. A layer without projections is left out if it is inside one
+    of the third kind, since it is a part of that one. A module that is used twice appears once.
+    Modules inside ``torch.compile`` and data-parallel wrappers are found; their names are those
+    without the wrapper.
 
     Args:
         model: Any module.
@@ -143,7 +144,7 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
     traits: dict[type, frozenset[str]] = {}
     found: dict[str, tuple[nn.Module, str]] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is looked at on the way
+        warnings.simplefilter("ignore")  # reading attributes of modules may warn
         for name, module in named_modules(model):
             kind = _kind(module, traits)
             if kind is not None:
@@ -161,13 +162,14 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a model with their names, which are those without wrappers.
+    """Yield the modules of a model with their names, without the names of wrappers.
 
     Args:
         model: A module, wrapped or not.
 
     Returns:
-        Pairs as of ``model.named_modules()``; a name may come twice, the module that runs last.
+        Pairs such as ``model.named_modules()`` yields. A name may come twice: first with the
+        wrapper, last with the module inside it.
 
     Example:
         >>> import torch
@@ -179,7 +181,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_inside(name: str, outer: str) -> bool:
-    """Return whether a qualified name is that of a module inside another.
+    """Return whether a module lies inside another, by their qualified names.
 
     Example:
         >>> is_inside("blocks.0.attn", "blocks.0"), is_inside("blocks.0", "blocks.0")
@@ -213,7 +215,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _class_of(module: nn.Module) -> type:
-    """Return the class that wrote the module's code: FSDP2 puts one of its own before it."""
+    """Return the class that has the module's code. FSDP2 makes a subclass, which is skipped."""
     classes = type(module).__mro__
     return next(c for c in classes if not (c.__module__ or "").startswith("torch.distributed."))
 
@@ -237,7 +239,7 @@ def _multiplies_by_hand(module: nn.Module, traits: frozenset[str]) -> bool:
     softmax = "softmax" in traits or any(isinstance(child, nn.Softmax) for child in children)
     if "product" not in traits or not softmax:
         return False
-    # Queries and keys take two projections, or one that widens its input, or come from outside.
+    # Q and K come from two projections, or from one that widens its input, or from outside.
     for child in list(children):
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             children += child.children()
@@ -288,7 +290,7 @@ def _only_wraps_another(
 
 
 def _may_project(module: nn.Module) -> bool:
-    """Whether a module has a matrix that could make Q and K of its input."""
+    """Return whether a module has a matrix that could compute Q and K from its input."""
     weights = (
         quietly(getattr, part, "weight", None)
         for part in module.modules()

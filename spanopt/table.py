@@ -16,15 +16,15 @@ _UNKNOWN = "not known before a forward pass"
 
 
 def table(sites: Iterable[AttentionSite], groups: Iterable[SpanGroup]) -> str:
-    """Describe the attention layers of a model and their scales; equal layers share a line.
+    """Return a table of a model's attention layers and scales; equal layers share a line.
 
     Args:
         sites: The attention layers.
         groups: The scales of those that are scaled.
 
     Returns:
-        A text table with layer, class, tap, heads, head dimension and scales, and under it what the
-        taps are.
+        A text table with layer, class, tap, heads, head dimension and scales. The line under it
+        says what each tap is.
 
     Example:
         >>> from torch import nn
@@ -54,7 +54,7 @@ def described(layer: Any) -> tuple[str, ...]:
     """Return name, class, tap, heads and head dimension of a layer, as cells of a table.
 
     Args:
-        layer: An :class:`~spanopt.sites.AttentionSite`, or what has its fields.
+        layer: An :class:`~spanopt.sites.AttentionSite`, or an object with the same fields.
 
     Example:
         >>> from torch import nn
@@ -70,13 +70,13 @@ def described(layer: Any) -> tuple[str, ...]:
 
 
 def collapsed(rows: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Put rows that differ in one number of their name, which goes up by one, into one row.
+    """Join rows that are equal but for one number in the name, which goes up by one.
 
     Args:
-        rows: Cells, of which the first is the name of a layer.
+        rows: Rows of cells. The first cell is the name of a layer.
 
     Returns:
-        The rows, where three or more that are alike have become one, at the place of the first.
+        The rows. Each run of three or more such rows is one row, at the place of the first.
 
     Example:
         >>> collapsed([("layers.0", "a"), ("layers.1", "a"), ("layers.2", "a"), ("head", "a")])
@@ -99,7 +99,7 @@ def collapsed(rows: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
 
 
 def _continues(run: Sequence[Sequence[str]], row: Sequence[str]) -> bool:
-    """Return whether a row goes on where a run of rows ends."""
+    """Return whether a row is the next one of a run of rows."""
     if run[-1][1:] != row[1:]:
         return False
     place = _step(run[-1][0], row[0])
@@ -107,7 +107,7 @@ def _continues(run: Sequence[Sequence[str]], row: Sequence[str]) -> bool:
 
 
 def _step(name: str, following: str) -> int | None:
-    """Return which part of a name is a number that is one more in the following one."""
+    """Return the place of the number that is one more in the following name; else ``None``."""
     parts, others = (re.split(r"(\d+)", text) for text in (name, following))
     if len(parts) != len(others):
         return None

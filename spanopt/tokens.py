@@ -1,4 +1,4 @@
-"""Which tokens are real, where the attention call itself does not show it."""
+"""Token masks: the user says which tokens are real where the attention call does not show it."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ Masks: TypeAlias = "Tensor | Mapping[str, Tensor | tuple[Tensor | None, Tensor |
 def token_mask(masks: Masks) -> Iterator[None]:
     """Say which tokens are real, for the forward passes inside the ``with`` block.
 
-    Spans are then those of the real tokens. The token mask goes before the attention mask. It is
-    needed where the attention mask does not tell which tokens are real:
+    Spans are then those of the real tokens. The token mask takes precedence over the attention
+    mask. It is needed where the attention mask does not tell which tokens are real:
 
-    - padding that only the loss knows, and attention without a mask;
+    - attention without a mask, if only the loss knows the padding;
     - padded queries in cross-attention;
     - several documents packed into one sequence;
-    - masks that are refused, since padding and a pattern of attention look alike in them.
+    - masks that are refused, since they may show padding or only a pattern of attention.
 
     Args:
         masks: One mask for the queries and keys of all layers, or a dict from layer names or
             patterns to masks. A value of the dict is one mask for both sides, or a pair
             ``(queries, keys)``, in which ``None`` leaves a side to the attention mask. An exact
-            name goes before patterns, and a later pattern before an earlier one. A mask has the
-            shape ``(B, L)``: B sequences of L tokens. It is boolean, true at real tokens; or it
-            holds integers, 0 at padding and from 1 on the number of the token's document. Each
-            document gets a span of its own.
+            name beats a pattern, and a later pattern beats an earlier one. A mask has the shape
+            ``(B, L)``: B sequences of L tokens. A boolean mask is true at real tokens. A mask of
+            integers is 0 at padding, and elsewhere it holds the number of the token's document,
+            counted from 1. Each document gets a span of its own.
 
     Raises:
         TypeError: A mask is not a tensor, or it holds neither booleans nor integers.
         ValueError: A mask has another number of dimensions or negative values, or a key of the
-            dict matches no layer. The forward pass raises it if a layer's Q or K has another
-            number of sequences or tokens.
+            dict matches no layer. The forward pass raises this error if a layer's Q or K has
+            another number of sequences or tokens than the mask.
 
     Example:
         >>> import torch
@@ -89,7 +89,7 @@ def _by_name(masks: Masks, names: set[str]) -> dict[str, tuple[Tokens | None, To
 
 
 def _tokens(mask: Tensor) -> Tokens:
-    """Return the tokens of one mask, after checking it."""
+    """Check a mask, and return its tokens."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"a token mask must be a tensor, got {type(mask).__name__}")
     if mask.ndim != 2:
@@ -110,7 +110,10 @@ def _tokens(mask: Tensor) -> Tokens:
 
 
 def _positions(documents: Tensor, count: int) -> Tensor:
-    """Return the positions of each document's tokens, one row a document, filled up at the end."""
+    """Return the positions of each document's tokens: one row per document.
+
+    Rows are filled up at the end with the number of all positions, which is no position.
+    """
     numbers = documents.long() + torch.arange(len(documents), device=documents.device)[:, None] * (
         count + 1
     )

@@ -1,4 +1,4 @@
-"""Reading the code of a module class: what it multiplies and calls, without running it."""
+"""What a module class multiplies and calls, read from its code without running it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def traits_of(cls: type) -> frozenset[str]:
     """Return what the code of a module class reaches.
 
     Args:
-        cls: A subclass of ``nn.Module``. Read are its ``forward``, the methods of the class and
-            the plain functions and registries that these refer to; submodules are not.
+        cls: A subclass of ``nn.Module``. Its ``forward`` is read, and so are the methods of the
+            class and the plain functions and registries that these refer to. Submodules are not.
 
     Returns:
         Some of ``"call"`` (it calls an attention function), ``"product"`` (it multiplies two
@@ -43,7 +43,7 @@ def traits_of(cls: type) -> frozenset[str]:
     ids, called = attention_calls(), attention_names()
     for code, values in _reached(cls, [cls.forward]):  # type: ignore[attr-defined]
         names = set(_names(code))
-        # The name is enough where the function comes from getattr, an inner import or an object.
+        # The name alone counts: the function may come from getattr, an inner import or an object.
         if not names.isdisjoint(called):
             traits.add("call")
         if "softmax" in names:
@@ -86,7 +86,7 @@ def scripts_of(module: nn.Module) -> list[Any]:
 def _reached(
     cls: type, functions: Iterable[Callable[..., Any]]
 ) -> Iterator[tuple[types.CodeType, list[Any]]]:
-    """Yield the code that functions of a class reach, with what the names in it stand for."""
+    """Yield the code that functions of a class reach, with the objects that its names refer to."""
     pending = list(functions)
     visited: set[Any] = set()
     while pending:
@@ -110,7 +110,7 @@ def _has_matrix_product(code: types.CodeType) -> bool:
 
 
 def _referenced(function: Callable[..., Any], cls: type) -> Iterator[Any]:
-    """Yield what the names in a function's code stand for, as far as can be told without a call."""
+    """Yield the objects that the names in a function's code refer to, where no call is needed."""
     code = function.__code__
     closure: dict[str, Any] = {}
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
@@ -124,7 +124,7 @@ def _referenced(function: Callable[..., Any], cls: type) -> Iterator[Any]:
 
 
 def _methods(cls: type, name: str, names: set[str]) -> Iterator[Any]:
-    """Yield what an attribute of the class may stand for, as ``self.name`` or ``super().name``."""
+    """Yield what ``self.name`` or ``super().name`` may refer to in methods of the class."""
     bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
     own = [base.__dict__[name] for base in bases if name in base.__dict__]
     if not hasattr(nn.Module, name):
@@ -134,12 +134,12 @@ def _methods(cls: type, name: str, names: set[str]) -> Iterator[Any]:
 
 
 def _attributes(value: Any, names: set[str], depth: int = 3) -> list[Any]:
-    """Return a value and, for a module, what these names stand for inside it and its submodules."""
+    """Return a value and, for a module, what these names refer to in it and its submodules."""
     found = [_function_of(value)]
     if quietly(isinstance, value, Mapping):  # a registry
         found += map(_function_of, quietly(lambda: list(value.values())) or [])
     if quietly(isinstance, value, types.ModuleType) and depth > 0:
-        loaded = vars(value)  # what a package would import only when asked is not there yet
+        loaded = vars(value)  # this triggers no lazy import
         for name in names & loaded.keys():
             found += _attributes(loaded[name], names, depth - 1)
     return found
@@ -154,11 +154,13 @@ def _function_of(value: Any) -> Any:
 
 
 def quietly(function: Callable[..., Any], *args: Any) -> Any:
-    """Return the result of a call on an object that may raise on any access; ``None`` if it does.
+    """Return the result of a call, or ``None`` if it raises an exception.
+
+    It is for objects that may raise on any access.
 
     Args:
         function: What to call.
-        *args: With what.
+        *args: Its arguments.
 
     Example:
         >>> quietly(getattr, object(), "size") is None
@@ -171,7 +173,7 @@ def quietly(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """Yield the names in the code, and its strings, which ``getattr`` may take for names."""
+    """Yield the names in the code, and its strings, since ``getattr`` may take them as names."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, str):
