@@ -27,12 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: Without the program's name; by default those of the process.
+        arguments: The arguments without the program's name; by default those of the process.
 
     Returns:
-        The exit status: 0 if a forward pass has shown that every attention layer can be scaled, 1
-        if it has shown that one can't or there is none, 3 if no forward pass could be made. Bad
-        arguments end the process with 2.
+        The exit status of ``inspect``: 0 if a forward pass has shown that every attention layer can
+        be scaled; 1 if it has shown that one can't, or there is none; 3 if no forward pass could be
+        made. Bad arguments end the process with 2.
     """
     parser = argparse.ArgumentParser(prog="spanopt")
     parser.add_argument("--version", action="version", version=f"spanopt {__version__}")
@@ -79,15 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 3 if not inspection.verified else 0 if inspection.ok else 1
 
 
-_LARGE = 100_000_000  # parameters of a model that is not built for real
+_LARGE = 100_000_000  # a model of more parameters gets shapes only, and no memory
 
 
 class _Refused(Exception):
-    """An argument that gives no model."""
+    """The arguments name no model."""
 
 
 def _from_factory(path: str) -> tuple[nn.Module, Any]:
-    """Return the model that a factory makes, and its inputs if it gives any."""
+    """Return the model that a factory makes, and the inputs if it returns any."""
     found = _imported(path)
     made = found
     if not isinstance(found, nn.Module):
@@ -99,7 +99,7 @@ def _from_factory(path: str) -> tuple[nn.Module, Any]:
 
 
 def _imported(path: str) -> Any:
-    """Return what ``package.module:name`` names."""
+    """Import and return the object that ``package.module:name`` names."""
     module_name, colon, attribute = path.partition(":")
     if not colon or not module_name or not attribute:
         raise _Refused(f"{path!r} is not of the form package.module:factory")
@@ -130,7 +130,7 @@ def _made(path: str, factory: Any) -> Any:
     try:
         inspect.signature(factory).bind()
     except ValueError:
-        pass  # a callable that does not tell its arguments
+        pass  # the callable has no signature
     except TypeError as error:
         arguments = inspect.signature(factory)
         raise _Refused(
@@ -157,14 +157,14 @@ def _from_config(source: str, attention: str | None) -> nn.Module:
     try:
         config = _config(source, transformers)
         options = {"attn_implementation": attention} if attention else {}
-        with torch.device("meta"):  # shapes are enough, and take no memory
+        with torch.device("meta"):  # this makes shapes only, and takes no memory
             model = transformers.AutoModel.from_config(config, **options)
         if sum(parameter.numel() for parameter in model.parameters()) > _LARGE:
             return model
         return transformers.AutoModel.from_config(config, **options)
     except _Refused:
         raise
-    except Exception as error:  # whatever the library says of a config
+    except Exception as error:  # the library raises many kinds for a bad config
         raise _Refused(f"cannot build a model from {source!r}: {_one_line(error)}") from error
 
 

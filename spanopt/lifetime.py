@@ -1,4 +1,4 @@
-"""How long a monitor measures: a hook that does not keep it alive, and what stops it."""
+"""The lifetime of a monitor: a hook that does not keep it alive, and functions that stop it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["end", "stop", "teller"]
 
 
 def teller(monitor: weakref.ref[Any]) -> Callable[..., None]:
-    """Return a hook for after steps that does not keep the monitor that it tells.
+    """Return a step post-hook that tells a monitor of steps but does not keep it alive.
 
     Args:
-        monitor: A reference to the monitor. Its ``_after_step`` is called with the optimizer.
+        monitor: A weak reference to the monitor, whose ``_after_step`` the hook calls.
     """
 
     def after_step(optimizer: Any, *_: Any) -> None:
@@ -26,11 +26,11 @@ def teller(monitor: weakref.ref[Any]) -> Callable[..., None]:
 
 
 def stop(handle: Any, stops: list[Callable[[], None]]) -> None:
-    """Take a monitor's hooks off.
+    """Remove a monitor's hooks.
 
     Args:
-        handle: Of the hook for after steps.
-        stops: Functions that stop what watches the layers. They are called and removed.
+        handle: The handle of the step post-hook.
+        stops: Functions that stop the watchers of the layers. They are called and removed.
     """
     handle.remove()
     while stops:
@@ -38,7 +38,7 @@ def stop(handle: Any, stops: list[Callable[[], None]]) -> None:
 
 
 def end(handle: Any, stops: list[Callable[[], None]], rows: list[dict[str, Any]]) -> None:
-    """Stop a monitor that nobody keeps, and warn if it measured nothing.
+    """Stop a monitor that was dropped, and warn if it measured nothing.
 
     Args:
         handle: See :func:`stop`.

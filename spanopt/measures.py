@@ -1,4 +1,4 @@
-"""What is measured of the gradients of Q and K: tensors in, tensors out."""
+"""Measures of the gradients of Q and K: functions from tensors to tensors."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ MEASURES = (
     "norm_after",
     "entropy",
 )
-# Scores that are computed at once.
+# The number of scores that are computed at once.
 _CHUNK = 2**24
 
 
 def measure(watched: Watched, given: Tensor, rescaled: Tensor) -> dict[str, Tensor]:
-    """Return every measure of a gradient but the entropy.
+    """Return every measure of a gradient except the entropy.
 
     Args:
         watched: Q or K, and how its gradient is rescaled.
-        given: The gradient before, with the shape of Q or K.
-        rescaled: The gradient after.
+        given: The gradient before rescaling, with the shape of Q or K.
+        rescaled: The gradient after rescaling.
 
     Returns:
-        For each measure one value a head, shape ``(H,)``.
+        For each measure, one value per head, shape ``(H,)``.
     """
     mask = watched.mask
     if mask is not None:
@@ -69,7 +69,7 @@ def measure(watched: Watched, given: Tensor, rescaled: Tensor) -> dict[str, Tens
 
 
 def _singular_values(x: Tensor) -> Tensor:
-    """Return the singular values, NaN for a matrix that is not finite, of which none are taken."""
+    """Return the singular values; they are NaN for a matrix with entries that are not finite."""
     finite = x.isfinite().all(-1).all(-1)[..., None]  # (B, H, 1)
     singular = torch.linalg.svdvals(torch.where(finite[..., None], x, 0))
     return torch.where(finite, singular, math.nan)
@@ -94,7 +94,7 @@ def score_chunks(
         enable_gqa: Whether several query heads share a key head.
 
     Yields:
-        Shape ``(..., H, n, M)`` for n queries, in order, so that memory is bounded.
+        Scores of shape ``(..., H, n, M)``, for n queries at a time, so that memory is bounded.
     """
     query, key = query.detach(), key.detach()
     if enable_gqa:
@@ -115,14 +115,14 @@ def score_chunks(
 
 
 def by_head(x: Tensor) -> Tensor:
-    """Return (B, H, N, d) for (B, ..., N, d), and (B, 1, N, d) where heads are not told apart."""
+    """Return (B, ..., N, d) as (B, H, N, d), or (..., N, d) with no dimension of heads as H = 1."""
     if x.ndim < 4:
         return x.reshape(-1, 1, *x.shape[-2:])
     return x.flatten(1, -3)
 
 
 def floating(x: Tensor) -> Tensor:
-    """Return a tensor in float64 if it is, and in float32 otherwise."""
+    """Return a float64 tensor as it is, and any other in float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 

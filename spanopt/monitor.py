@@ -1,4 +1,4 @@
-"""When the gradients of attention are measured, and what a user does with what was measured."""
+"""The monitor: it measures the gradients of attention at some steps, and gives the user rows."""
 
 from __future__ import annotations
 
@@ -21,67 +21,68 @@ __all__ = ["SpanMonitor"]
 
 
 class SpanMonitor:
-    """Measure the gradients of Q and K at every scaled layer, every so many optimizer steps.
+    """Measure the gradients of Q and K at every scaled layer, at some of the optimizer steps.
 
-    Nothing changes in what is trained, and nothing that the monitor does ends a training step: what
-    it can't measure or write it says in a row and in one warning. Between the steps that are
-    measured it costs nothing; in one that is, singular values and attention weights are computed
-    beside the training, and code that ``torch.compile`` has compiled runs eagerly. Keep the monitor
-    in a variable, and close it when training is over: one that is dropped stops.
+    The monitor does not change the training, and none of its failures ends a training step. What it
+    can't measure or write is noted in a row and in one warning. It costs nothing in steps that are
+    not measured. In a measured step it also computes singular values and attention weights, and
+    code that ``torch.compile`` has compiled runs eagerly. Keep the monitor in a variable, since it
+    stops when it is dropped. Close it after the training.
 
-    A row is for one layer, side and head, in a batch of the process; where a step has several
-    backward passes it is their average. Q and K are what attention multiplies: some layers divide Q
-    by sqrt(d) before. Under ``GradScaler`` gradients are times its scale.
+    A row is about one layer, side and head, in this process's batch. If a step has several backward
+    passes, a row has their average. Q and K are the two factors of the scores. Some layers have
+    divided Q by sqrt(d) before. Under ``GradScaler``, gradients are multiplied by its scale.
 
     ``step``
         Number of the optimizer step, from 0.
     ``layer``, ``side``, ``head``
-        Name of the layer; ``"query"`` or ``"key"``; number of the head, ``None`` where heads are
+        Name of the layer; ``"query"`` or ``"key"``; number of the head, or ``None`` if heads are
         merged into the batch and can't be told apart.
     ``parallel_energy``, ``violation_energy``
-        Squared norm of the parallel part of the gradient, and of the rest, in the sum over the
-        batch; the gradient is the one before scaling. What is parallel is what the layer's
-        ``projection`` says.
+        Squared norms of the parallel part and of the violation of the gradient before scaling,
+        summed over the batch. The layer's ``projection`` says what is parallel.
     ``parallel_share``
-        The first over the sum of both.
+        The parallel energy divided by the sum of both.
     ``chance_share``
-        The parallel share that a gradient of random direction would have: the dimension of the span
-        over the number of tokens, d / N where N > d. ``None`` unless ``projection`` is the span's.
+        The parallel share of a gradient with a random direction: the dimension of the span divided
+        by the number of tokens, d / N if N > d. ``None`` unless ``projection`` is ``"span"``.
     ``effective_rank``
-        exp of the entropy of the singular values of Q (or K), scaled to add up to 1 (Roy and
-        Vetterli, 2007): between 1 and d. Mean over the batch.
+        exp of the entropy of the singular values of Q (or K), which are first divided by their sum
+        (Roy and Vetterli, 2007). It lies between 1 and d. Mean over the batch.
     ``condition``
-        Largest over smallest singular value of Q (or K). Median over the batch.
+        Largest singular value of Q (or K) divided by the smallest. Median over the batch.
     ``cosine``
-        Between the gradient before and after scaling.
+        Cosine between the gradients before and after scaling.
     ``norm_before``, ``norm_after``
         Frobenius norm of the gradient before and after scaling.
     ``entropy``
-        Of a query's attention weights, in nats, mean over queries; on the query side only, and
-        ``None`` where attention can't be seen (``qk_modules=``).
+        Entropy of a query's attention weights, in nats. Mean over queries, on the query side only.
+        ``None`` if attention can't be seen (``qk_modules=``).
     ``dispersion`` and eight more
-        Of the scores, with ``scores=True``, on the query side only: whether attention to ``keys``
-        keys could pay, see :data:`spanopt.scores.SCORE_MEASURES` and :meth:`reading`.
+        Measures of the scores, with ``scores=True``, on the query side only. They tell whether
+        attention to ``keys`` keys could pay: see :data:`spanopt.scores.SCORE_MEASURES` and
+        :meth:`reading`.
     ``problem``
-        Why a value is missing: ``None`` if none is, else a text such as ``"condition is inf"``.
-        Values are finite numbers or ``None``.
+        ``None``, or why a value is missing, such as ``"condition is inf"``. Values are finite
+        numbers or ``None``.
 
     Args:
-        optimizer: A wrapped optimizer. The monitor is told of its steps until :meth:`close`.
-            Several monitors may measure one optimizer.
-        every: Measure the first step, and then every so many; a whole number, 100 by default.
-        path: A JSONL file to which each row is appended as one line of strict JSON, for
-            :meth:`read`; by default none.
-        writer: A ``torch.utils.tensorboard.SummaryWriter``, for the mean over heads; by default
-            none.
-        run: A run of Weights & Biases, as ``wandb.init`` returns it, for the mean over heads; by
-            default none.
-        start: Number of the first step, where training is resumed; 0 by default.
+        optimizer: A wrapped optimizer. The monitor follows its steps until :meth:`close`. Several
+            monitors may measure one optimizer.
+        every: Measure the first step, and then one in so many: a whole number, 100 by default.
+        path: A JSONL file, to which each row is appended as one line of strict JSON. :meth:`read`
+            reads it. By default there is none.
+        writer: A ``torch.utils.tensorboard.SummaryWriter``, which gets means over heads. By default
+            there is none.
+        run: A run of Weights & Biases, as ``wandb.init`` returns it, which gets means over heads.
+            By default there is none.
+        start: Number of the first step, if training is resumed; 0 by default.
         scores: Whether attention scores are measured too; false by default.
-        keys: How many keys these measures are about: a whole number above 0, 8 by default.
+        keys: How many keys focus would keep, for these measures: a whole number above 0, 8 by
+            default.
 
     Attributes:
-        rows: What was measured, as dicts, such as ``pandas.DataFrame`` takes.
+        rows: What was measured, as dicts. ``pandas.DataFrame`` takes them.
 
     Raises:
         TypeError: ``optimizer`` is not a :class:`~spanopt.SpanScaledOptimizer`.
@@ -133,7 +134,7 @@ class SpanMonitor:
         self._next: float = start
         self._sample: Sample | None = None
         self._of = type(optimizer.optimizer).__name__
-        # Neither of these keeps the monitor or the optimizer.
+        # Neither the hook nor the finalizer keeps the monitor or the optimizer alive.
         self._stops: list[Callable[[], None]] = []
         handle = optimizer.register_step_post_hook(teller(weakref.ref(self)))
         self._end = weakref.finalize(self, end, handle, self._stops, self.rows)
@@ -157,7 +158,7 @@ class SpanMonitor:
                 return
             rows = self._measured(step, [site.name for site in optimizer.hooks.sites])
             if not rows:
-                return  # no backward pass yet
+                return  # there was no backward pass yet
             self._disarm()
             self.rows += rows
             self._reports.send(step, rows)
@@ -166,13 +167,13 @@ class SpanMonitor:
             self._arm(optimizer)
 
     def _measured(self, step: int, layers: list[str]) -> list[dict[str, Any]]:
-        """Return the rows of a step, and warn of the first that lacks something."""
+        """Return the rows of a step, and warn of the first row with an unusual problem."""
         assert self._sample is not None
         try:
             rows = self._sample.rows(step, layers)
         except Exception as error:
             rows = unmeasured(step, layers, error)
-        usual = (None, "condition is inf")  # a Q of less than full rank
+        usual = (None, "condition is inf")  # Q or K has less than full rank
         problem = next((row for row in rows if row["problem"] not in usual), None)
         if problem is not None:
             self._reports.warn(
@@ -212,11 +213,11 @@ class SpanMonitor:
         return pandas.DataFrame(self.rows)
 
     def plot(self, column: str = "parallel_share", path: str | Path | None = None) -> Any:
-        """Draw a column: for each side layers by steps, and a line for each layer.
+        """Draw a column: for each side, a heatmap of layers by steps, and a line for each layer.
 
         Args:
-            column: Which of the measured columns, ``"parallel_share"`` by default.
-            path: Where to save the picture, in the format that its suffix says; by default nowhere.
+            column: One of the measured columns, ``"parallel_share"`` by default.
+            path: Where to save the picture; the suffix says the format. By default nowhere.
 
         Returns:
             The ``matplotlib.figure.Figure``.
@@ -246,9 +247,9 @@ class SpanMonitor:
         return figure
 
     def reading(self) -> str:
-        """Say in which layers attention to fewer keys could pay, by the last measured step.
+        """Say in which layers attention to fewer keys could pay, from the last measured step.
 
-        For the rows of a file there is :func:`spanopt.scores_reading.reading_of`.
+        For rows from a file, call :func:`spanopt.scores_reading.reading_of`.
 
         Returns:
             A sentence or two.
@@ -278,7 +279,7 @@ class SpanMonitor:
             path: The JSONL file.
 
         Returns:
-            The rows. A line that a crash has torn is left out, and a warning names it.
+            The rows. A line that a crash left unfinished is left out, and a warning names it.
 
         Raises:
             OSError: The file can't be read.
@@ -293,7 +294,7 @@ class SpanMonitor:
         return read_rows(path)
 
     def close(self) -> None:
-        """Stop measuring. What was measured stays; doing it twice is harmless.
+        """Stop measuring, and keep the rows. Calling it twice is harmless.
 
         Example:
             >>> import torch

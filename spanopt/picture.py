@@ -1,4 +1,4 @@
-"""The picture of what was measured: a column by layer and step."""
+"""The picture of a monitor's rows: one column, by layer and step."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def draw(rows: list[dict[str, Any]], column: str) -> Any:
 
 
 def _means(rows: list[dict[str, Any]], column: str) -> dict[str, dict[tuple[str, int], float]]:
-    """Return the mean over heads by side, layer and step, where there is a value."""
+    """Return the mean over heads by side, layer and step; those without a value are left out."""
     heads: dict[str, dict[tuple[str, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row.get(column) is not None:
@@ -108,7 +108,7 @@ def _means(rows: list[dict[str, Any]], column: str) -> dict[str, dict[tuple[str,
 
 
 def _limits(means: dict[str, dict[tuple[str, int], float]], column: str) -> tuple[float, float]:
-    """Return the least and the largest value that the axes show, for both sides alike."""
+    """Return the least and the largest value on the axes, which are the same for both sides."""
     values = [value for of_side in means.values() for value in of_side.values()]
     low, high = min(values), max(values)
     if column in _SHARES:
@@ -128,7 +128,7 @@ def _norm(limits: tuple[float, float], column: str) -> Any:
 
 
 def _heatmap(axes: Any, table: list[list[float]], layers: Any, steps: Any, norm: Any) -> Any:
-    """Draw a value for each layer and step, and return the image."""
+    """Draw a heatmap of layers by steps, and return the image."""
     image = axes.imshow(table, aspect="auto", origin="lower", interpolation="nearest", norm=norm)
     places = range(0, len(steps), max(1, len(steps) // 6))
     axes.set_xticks(places, [str(steps[i]) for i in places])

@@ -1,4 +1,4 @@
-"""Where what was measured goes: a file, TensorBoard, Weights & Biases."""
+"""The places that get the rows: a file, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Reports"]
 
 
 class Reports:
-    """The places that rows are sent to. Nothing but :meth:`__init__` raises anything.
+    """The places that rows are sent to. Only :meth:`__init__` raises exceptions.
 
     Args:
         path: A JSONL file, or ``None``.
@@ -33,7 +33,7 @@ class Reports:
             run.define_metric("span/*", step_metric="span/step")
 
     def send(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Send the rows of a step: all of them to the file, means over heads to the others.
+        """Send the rows of a step to the file, and means over heads to the other places.
 
         Args:
             step: Number of the step.
@@ -61,7 +61,7 @@ class Reports:
                 self.warn("run", f"run takes no values: {type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Try once more to write the rows that are waiting, and say how many could not be."""
+        """Try once more to write the waiting rows, and warn if some could not be written."""
         if self._file is None or not self._file.waiting:
             return
         try:
@@ -72,7 +72,7 @@ class Reports:
             self.warn("closing", problem)
 
     def warn(self, kind: str, problem: str) -> None:
-        """Warn of a problem, once for each kind.
+        """Warn of a problem, but only once for each kind.
 
         Args:
             kind: What the problem is about.

@@ -1,4 +1,4 @@
-"""Rows as lines of JSON in a file that outlives a crash in the middle of a line."""
+"""Rows as lines of JSON, in a file that stays readable after a crash in the middle of a line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RowFile:
     """A file to which rows are appended, each as one line of strict JSON.
 
     Args:
-        path: Where it is. It is created if it is not there.
+        path: The path of the file, which is created if it is missing.
 
     Attributes:
         waiting: Lines that could not be written yet.
@@ -33,14 +33,14 @@ class RowFile:
             pass
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write rows, after those that are waiting.
+        """Write the rows that are waiting, and then these.
 
         Args:
             rows: Dicts of finite numbers, strings and ``None``.
 
         Raises:
-            OSError: They can't be written. They wait for the next call then, and nothing of them is
-                left in the file as far as it can be taken back.
+            OSError: They can't be written. They then wait for the next call, and what was written
+                of them is cut off the file again if that is possible.
         """
         self.waiting += [json.dumps(row, allow_nan=False) + "\n" for row in rows]
         if not self.waiting:
@@ -49,7 +49,7 @@ class RowFile:
             end = file.seek(0, os.SEEK_END)
             text = "".join(self.waiting).encode()
             if end and _last_byte(file, end) != b"\n":
-                text = b"\n" + text  # a crash has torn the line before
+                text = b"\n" + text  # a crash left the previous line unfinished
             try:
                 written = file.write(text)
                 while written < len(text):
@@ -71,10 +71,10 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Read the rows of a file that :class:`RowFile` wrote.
 
     Args:
-        path: Where it is.
+        path: The path of the file.
 
     Returns:
-        The rows. A line that a crash has torn is left out, and a warning names it.
+        The rows. A line that a crash left unfinished is left out, and a warning names it.
 
     Raises:
         OSError: The file can't be read.

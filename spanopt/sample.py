@@ -1,4 +1,4 @@
-"""What one optimizer step shows: the measures of its backward passes, and rows made of them."""
+"""The measures of one optimizer step's backward passes, and the rows that are made of them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from spanopt.taps.telling import Watched
 
 __all__ = ["Sample", "means", "unmeasured"]
 
-_CHUNK = 256  # queries of whose weights the logarithms are taken at once
+_CHUNK = 256  # the number of queries whose weights are taken the logarithm of at once
 _NO_GRADIENT = "no gradient of Q and K was seen: compiled code ran, or nothing there is trained"
 
 
 def _contained(measure: Callable[..., None]) -> Callable[..., None]:
-    """Have a method of :class:`Sample` note its exceptions, which must not end a backward pass."""
+    """Make a method of :class:`Sample` note its exceptions, which must not end a backward pass."""
 
     @functools.wraps(measure)
     def contained(self: Sample, subject: Watched | str, *args: Any, **kwargs: Any) -> None:
@@ -40,13 +40,13 @@ def _contained(measure: Callable[..., None]) -> Callable[..., None]:
 
 
 class Sample:
-    """What one optimizer step shows; a :class:`~spanopt.taps.telling.Watcher`.
+    """The measures of one optimizer step; a :class:`~spanopt.taps.telling.Watcher`.
 
     Values stay on the device until :meth:`rows` is called. What can't be measured is noted, and
-    raises nothing.
+    no exception is raised.
 
     Args:
-        keys: How many keys the measures of scores are about, see :mod:`spanopt.scores`; ``None`` if
+        keys: How many keys focus would keep, for the measures of :mod:`spanopt.scores`; ``None`` if
             scores are not measured.
     """
 
@@ -85,7 +85,7 @@ class Sample:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> None:
-        """Compute attention weights, see :meth:`spanopt.taps.telling.Watcher.scores`."""
+        """Compute and measure scores, see :meth:`spanopt.taps.telling.Watcher.scores`."""
         if is_spread(query) or 0 in (query.numel(), key.numel()):
             return
         with torch.autocast(query.device.type, enabled=False):
@@ -94,9 +94,9 @@ class Sample:
 
     @_contained
     def weights(self, layer: str, weights: Tensor, real: Tensor | None) -> None:
-        """Take attention weights, see :meth:`spanopt.taps.telling.Watcher.weights`."""
+        """Measure attention weights, see :meth:`spanopt.taps.telling.Watcher.weights`."""
         if weights.numel():
-            # Their logarithms are the scores, but for a number that is the same for a whole row.
+            # Their logarithms are the scores, up to one constant for each row.
             chunks = floating(weights).log().split(_CHUNK, -2)
             self._note_scores(layer, chunks, real)
 
@@ -109,7 +109,7 @@ class Sample:
         self._ran.add(layer)
 
     def _note_scores(self, layer: str, chunks: Iterable[Tensor], real: Tensor | None) -> None:
-        """Take scores with their masks in chunks of queries, shape (..., H, n, M)."""
+        """Measure scores with their masks, in chunks of queries of shape (..., H, n, M)."""
         parts: list[Tensor] = []
 
         def by_heads() -> Iterator[Tensor]:
@@ -191,7 +191,7 @@ def _row(
     problems: list[str],
     columns: Sequence[str] = MEASURES,
 ) -> dict[str, Any]:
-    """Return a row of averages over backward passes, with finite numbers and ``None`` only."""
+    """Return a row of averages over backward passes. They are finite numbers or ``None``."""
     averages: dict[str, float | None] = {}
     problems = [*problems]
     for name, of_calls in values.items():
@@ -215,25 +215,25 @@ def _row(
 
 
 def unmeasured(step: int, layers: list[str], error: Exception) -> list[dict[str, Any]]:
-    """Return the rows of a step of which nothing could be measured, one for each layer.
+    """Return the rows of a step in which nothing could be measured, one for each layer.
 
     Args:
         step: Number of the step.
         layers: Names of the layers.
-        error: What was raised.
+        error: The exception that was raised.
     """
     reason = f"{type(error).__name__}: {error}"
     return [_row(step, layer, None, None, {}, [reason]) for layer in layers]
 
 
 def means(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the mean over heads of every measure, by names such as a dashboard shows.
+    """Return the mean over heads of every measure, by name for a dashboard.
 
     Args:
         rows: The rows of one step.
 
     Returns:
-        The means by ``"span/<layer>/<side>/<measure>"``, without those that have no value.
+        The means by ``"span/<layer>/<side>/<measure>"``. Measures without a value are left out.
     """
     values: dict[str, list[float]] = defaultdict(list)
     for row, column in itertools.product(rows, (*MEASURES, *SCORE_MEASURES)):
@@ -244,7 +244,7 @@ def means(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _real(real: Tensor | None) -> Tensor | None:
-    """Return which queries are real, shape (B, H or 1, N), of what broadcasts to (..., H, N)."""
+    """Return which queries are real, as (B, H or 1, N), from a mask broadcastable to (..., H, N)."""
     if real is None:
         return None
     if real.ndim < 3:
@@ -253,6 +253,6 @@ def _real(real: Tensor | None) -> Tensor | None:
 
 
 def _stacked(values: list[Tensor]) -> list[list[float]]:
-    """Return for each head its values in the backward passes."""
+    """Return a list for each head, with its values in the backward passes."""
     heads: list[list[float]] = torch.stack(values, -1).tolist()
     return heads

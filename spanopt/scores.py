@@ -1,4 +1,4 @@
-"""Measures of attention scores: whether attention to fewer keys could pay. Scores in, tensors out.
+"""Measures of attention scores, which tell whether attention to fewer keys could pay.
 
 The quantities and their names are those of Ram, Clarkson, Klinger, Ubaru and Gray, "Transformers
 Learn Faster with Semantic Focus" (2025, arXiv 2506.14095), and of the authors' ``bounds-lhs.py``.
@@ -26,12 +26,12 @@ SCORE_MEASURES = (
     "lambda_x",
 )
 
-# A score of this or less is closed by a mask, as in spanopt.taps.masks.
+# A score of this or less means that a mask closes the key, the same as in spanopt.taps.masks.
 _FORBIDDEN = -9e3
-# The authors take dispersions at such quantiles of all queries, and separations at 1 minus this.
+# The authors take this quantile of dispersions over all queries, and 1 minus it of separations.
 _QUANTILE = 0.95
 _LEAST = 1e-9
-# Queries of each sequence and head whose Jacobian is taken, evenly spaced.
+# How many queries of each sequence and head have their Jacobian taken; they are evenly spaced.
 _JACOBIANS = 64
 
 
@@ -43,11 +43,12 @@ def measure_scores(
     Args:
         chunks: The scores with their masks, in chunks of queries, shape ``(B, H, n, M)``. One
             chunk is held at a time.
-        k: The number of keys of which the measures ask whether they could do.
-        real: True at real queries, shape ``(B, H, N)``; ``None`` if all are.
+        k: The number of keys that focus would keep.
+        real: True at real queries, shape ``(B, H, N)``; ``None`` if all are real.
 
     Returns:
-        For each measure one value a head, shape ``(H,)``. NaN where no query sees more than k keys.
+        For each measure, one value per head, shape ``(H,)``. Measures that need k are NaN if no
+        query sees more than k keys.
 
     Example:
         >>> scores = torch.tensor([[[[4.0, 3.0, 0.0, -1.0]]]])
@@ -115,15 +116,16 @@ def measure_scores(
 
 
 def lambda_w(dispersion: Tensor, top_dispersion: Tensor, separation: Tensor) -> Tensor:
-    """Return the left side of the paper's condition on weights; below 1 it is met.
+    """Return the left side of the paper's condition on weights, which is met below 1.
 
-    Where it is met, the paper bounds the change of the loss with the weights of attention more
-    tightly for focus than for full attention: ``wratio`` in the authors' ``bounds-lhs.py``.
+    The paper bounds how much the loss changes with the weights of attention. If the condition is
+    met, this bound is tighter for focus than for full attention. The authors' ``bounds-lhs.py``
+    calls the value ``wratio``.
 
     Args:
-        dispersion: delta_s: the largest minus the smallest score of a query.
-        top_dispersion: delta_h: the same of its k largest scores.
-        separation: Delta_h: its k-th largest score minus the next.
+        dispersion: delta_s, the largest minus the smallest score of a query.
+        top_dispersion: delta_h, the same for the query's k largest scores.
+        separation: Delta_h, the query's k-th largest score minus the next.
 
     Example:
         >>> of_list_ops = torch.tensor([8.61]), torch.tensor([3.51]), torch.tensor([0.016])
@@ -137,15 +139,15 @@ def lambda_w(dispersion: Tensor, top_dispersion: Tensor, separation: Tensor) -> 
 def lambda_x(
     dispersion: Tensor, top_dispersion: Tensor, separation: Tensor, sink_ratio: Tensor
 ) -> Tensor:
-    """Return the left side of the paper's condition on inputs; below 1 it is met.
+    """Return the left side of the paper's condition on inputs, which is met below 1.
 
-    It is ``xratio`` in the authors' ``bounds-lhs.py``, see :func:`lambda_w`.
+    The authors' ``bounds-lhs.py`` calls the value ``xratio``. See :func:`lambda_w`.
 
     Args:
         dispersion: delta_s.
         top_dispersion: delta_h.
         separation: Delta_h.
-        sink_ratio: beta / k: how many queries choose one key, over k.
+        sink_ratio: beta / k, how many queries choose one key, divided by k.
     """
     delta, gap = dispersion.clamp(min=_LEAST), separation.clamp(min=_LEAST)
     inner = delta * (1 + sink_ratio) * (1 + 1 / gap) + sink_ratio
@@ -155,12 +157,12 @@ def lambda_x(
 def largest_eigenvalue(weights: Tensor, steps: int = 30) -> Tensor:
     """Return the largest eigenvalue of the softmax's Jacobian, diag(p) - p p^T.
 
-    It lies between the two largest weights, where the secular equation of this rank-one change has
-    one root, which is found by bisection.
+    It lies between the two largest weights. There the secular equation of this rank-one change has
+    one root, which bisection finds.
 
     Args:
-        weights: Attention weights p, shape ``(..., n, M)``. Of more than 64 queries, so many are
-            measured, evenly spaced.
+        weights: Attention weights p, shape ``(..., n, M)``. If there are many queries, only some
+            are measured: between 64 and 127, evenly spaced.
         steps: Number of bisections.
 
     Returns:
@@ -178,7 +180,7 @@ def largest_eigenvalue(weights: Tensor, steps: int = 30) -> Tensor:
     for _ in range(steps):
         middle = (low + high) / 2
         terms = torch.where(p > 0, squares / (p - middle[..., None]), 0)
-        below = terms.sum(-1) < 1  # the root is above
+        below = terms.sum(-1) < 1  # the root is above the middle
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     result = weights.new_full(weights.shape[:-1], math.nan)
     result[..., ::every] = (low + high) / 2
@@ -197,7 +199,7 @@ def _where(condition: Tensor, x: Tensor) -> Tensor:
 
 
 def _quantile(parts: list[Tensor], q: float) -> Tensor:
-    """Return a quantile for each head of values (B, H, n), NaN left out."""
+    """Return a quantile for each head of values of shape (B, H, n), without NaN."""
     values = torch.cat(parts, -1).transpose(0, 1).flatten(1).sort(-1).values  # NaN come last
     number = (~values.isnan()).sum(-1, keepdim=True)
     at = q * (number - 1).clamp(min=0).to(values.dtype)

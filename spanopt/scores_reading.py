@@ -1,4 +1,4 @@
-"""A sentence on the measures of scores: in which layers attention to fewer keys could pay."""
+"""The measures of scores in words: in which layers attention to fewer keys could pay."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ __all__ = ["reading_of"]
 
 
 def reading_of(rows: Sequence[Mapping[str, Any]], keys: int) -> str:
-    """Say in which layers focus could pay, by the last step that was measured.
+    """Say in which layers focus could pay, from the last step that was measured.
 
-    It could where both conditions of the paper are met in the mean over heads: ``lambda_w`` and
-    ``lambda_x`` below 1. They are sufficient conditions for a better bound, and promise no gain.
+    It could pay in a layer that meets both conditions of the paper: the means over heads of
+    ``lambda_w`` and of ``lambda_x`` are below 1. These conditions suffice for a better bound. They
+    promise no gain.
 
     Args:
         rows: From :attr:`spanopt.SpanMonitor.rows`.
-        keys: How many keys the measures are about.
+        keys: How many keys focus would keep.
 
     Returns:
         A sentence or two.

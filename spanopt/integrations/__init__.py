@@ -1,4 +1,4 @@
-"""Callbacks for training frameworks, each imported by its own name and needing its framework.
+"""Callbacks for training frameworks. Import the module of a framework, which must be installed.
 
-Accelerate needs none: prepare a :class:`~spanopt.SpanScaledOptimizer` like any other optimizer.
+Accelerate needs no callback: prepare a :class:`~spanopt.SpanScaledOptimizer` like any optimizer.
 """

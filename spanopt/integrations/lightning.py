@@ -1,4 +1,4 @@
-"""For the ``Trainer`` of Lightning."""
+"""A callback for the ``Trainer`` of Lightning."""
 
 from __future__ import annotations
 
@@ -21,36 +21,35 @@ __all__ = ["SpanScaledCallback"]
 class SpanScaledCallback(Callback):
     """Train a ``LightningModule`` on span-scaled attention gradients, without changing its code.
 
-    For a module of one's own it does as well to return a :class:`~spanopt.SpanScaledOptimizer` from
-    ``configure_optimizers``. The callback is for modules that others wrote, for scales that follow
-    a schedule, which Lightning has no place for, and to have both in its checkpoints. The hooks are
-    on the module, in automatic and manual optimization alike, from the start of training until it
-    ends, be it by an exception.
+    If you wrote the module, you can instead return a :class:`~spanopt.SpanScaledOptimizer` from
+    ``configure_optimizers``. The callback is for modules that others wrote, and for scales that
+    follow a schedule, which Lightning itself does not support. Lightning's checkpoints then hold
+    scales and schedule. The hooks stay on the module from the start of training to its end, also
+    if it ends by an exception. They work in automatic and in manual optimization.
 
     Args:
         scales: Scales by layer name or pattern, or one :class:`~spanopt.SpanScale` for all layers.
-            Names of layers are those in the ``LightningModule``.
-        schedule: From the number of optimizer steps in the run to a schedule, or schedules by
-            layer, of a :class:`~spanopt.SpanScheduler`. It takes a step with the optimizer. The
-            number is ``estimated_stepping_batches``, which in manual optimization takes a batch for
-            a step.
-        ridge: Relative ridge of every projection; ``None`` for the dtype's default.
-        on_missing: What to do when a layer that was asked for was not scaled since the last
-            optimizer step: ``"error"``, before anything is updated, ``"warn"`` or ``"ignore"``.
-        qk_modules: Where Q and K are in layers whose attention can't be seen, by layer name or
-            pattern: ``{"blocks.0.attn": {"query": "wq", "key": "wk", "num_heads": 8}}``.
+            Layers have their names in the ``LightningModule``.
+        schedule: A function of the number of optimizer steps in the run. It returns a schedule, or
+            schedules by layer, for a :class:`~spanopt.SpanScheduler`, which steps with the
+            optimizer. The number is ``estimated_stepping_batches``, which counts each batch as a
+            step in manual optimization.
+        ridge: Relative ridge of every projection; ``None`` means the default of the dtype.
+        on_missing: What to do if a layer that was asked for was not scaled since the last
+            optimizer step: ``"error"`` (before anything is updated), ``"warn"`` or ``"ignore"``.
+        qk_modules: The modules that return Q and K in layers whose attention can't be seen, by
+            layer name or pattern: ``{"blocks.0.attn": {"query": "wq", "key": "wk", "num_heads": 8}}``.
         example_inputs: Inputs for one forward pass that checks the layers when training begins: a
             tuple of positional arguments, a dict of keyword arguments, or one argument.
-        parameters: What will be trained. When given, a scaled layer that has trainable parameters
-            and none of them here is an error.
-        projection: What counts as the parallel part: the name of a setup of
-            :mod:`spanopt.setups` or a function of that kind, for all layers or by layer name or
-            pattern.
-        preserve_norm: Whether a rescaled gradient keeps its norm, for each sequence and head; for
-            all layers or by layer name or pattern.
+        parameters: The parameters that will be trained. If they are given, it is an error that a
+            scaled layer has trainable parameters but none of them is among these.
+        projection: The setup, which says what counts as the parallel part: a name in
+            :mod:`spanopt.setups` or a function, for all layers or by layer name or pattern.
+        preserve_norm: Whether a rescaled gradient keeps its norm, for each sequence and head. Give
+            one flag for all layers, or a dict by layer name or pattern.
 
     Raises:
-        TypeError: A schedule that is no function. All else is checked when training starts.
+        TypeError: ``schedule`` is not a function. All else is checked when training starts.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -92,12 +91,12 @@ class SpanScaledCallback(Callback):
         return self._run.scheduler
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget a checkpoint that was loaded for another run, such as one of validation.
+        """Forget a checkpoint that was loaded for another run, such as a run of validation.
 
         Args:
             trainer: The trainer.
             pl_module: The module.
-            stage: What begins.
+            stage: The stage that begins.
 
         Example:
             >>> callback = SpanScaledCallback({"*": (2.0, 1.0)})
@@ -106,7 +105,7 @@ class SpanScaledCallback(Callback):
         self._loaded = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Install the hooks, and go on with the scales of the checkpoint that is resumed.
+        """Install the hooks, and set the scales of the checkpoint from which training resumes.
 
         Args:
             trainer: The trainer.
@@ -114,9 +113,9 @@ class SpanScaledCallback(Callback):
 
         Raises:
             TypeError: An argument of the callback is of the wrong type.
-            ValueError: No attention layer, a key that matches none, a layer that is scaled already,
-                more than one optimizer, or a checkpoint of
-                other layers, or with a schedule when there is none here.
+            ValueError: No attention layer, a key that matches no layer, a layer that is scaled
+                already, more than one optimizer, a checkpoint of other layers, or a checkpoint of
+                a run with a schedule if this callback has none.
 
         Example:
             >>> callback = SpanScaledCallback({"*": (2.0, 1.0)})
@@ -130,7 +129,7 @@ class SpanScaledCallback(Callback):
             )
         steps: Any = trainer.estimated_stepping_batches
         self._run.begin(pl_module, steps, self._loaded)
-        # Steps that a GradScaler skips don't count, and several in one batch all do.
+        # The hook counts no steps that a GradScaler skips, and all of several steps in one batch.
         self._handle = trainer.optimizers[0].register_step_post_hook(
             lambda *arguments: self._run.stepped()
         )
@@ -138,7 +137,7 @@ class SpanScaledCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Check that every layer asked for was scaled since the last optimizer step.
+        """Check that every layer that was asked for was scaled since the last optimizer step.
 
         Args:
             trainer: The trainer.
@@ -146,7 +145,7 @@ class SpanScaledCallback(Callback):
             optimizer: The optimizer.
 
         Raises:
-            UnscaledLayerError: One was not, and ``on_missing`` is ``"error"``.
+            UnscaledLayerError: A layer was not scaled, and ``on_missing`` is ``"error"``.
 
         Example:
             >>> callback = SpanScaledCallback({"*": (2.0, 1.0)})
@@ -162,7 +161,7 @@ class SpanScaledCallback(Callback):
         Args:
             trainer: The trainer.
             pl_module: The module.
-            exception: What ends the training.
+            exception: The exception that ends the training.
 
         Example:
             >>> callback = SpanScaledCallback({"*": (2.0, 1.0)})
@@ -176,7 +175,7 @@ class SpanScaledCallback(Callback):
         Args:
             trainer: The trainer.
             pl_module: The module.
-            stage: What has ended.
+            stage: The stage that has ended.
 
         Example:
             >>> callback = SpanScaledCallback({"*": (2.0, 1.0)})
@@ -185,7 +184,7 @@ class SpanScaledCallback(Callback):
         self.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return scales and schedule for a checkpoint: those of the last run, if none is going on.
+        """Return scales and schedule for a checkpoint: of this run, or else of the last one.
 
         Returns:
             Numbers, strings, lists, dicts and ``None`` only.
@@ -197,7 +196,7 @@ class SpanScaledCallback(Callback):
         return self._run.state() or self._last
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the scales and the schedule of a checkpoint for the next run.
+        """Keep the scales and the schedule of a checkpoint for the next run.
 
         Args:
             state_dict: From :meth:`state_dict`.
@@ -209,7 +208,7 @@ class SpanScaledCallback(Callback):
         self._loaded = dict(state_dict)
 
     def remove(self) -> None:
-        """Take the hooks off the module now. Doing it twice is harmless.
+        """Take the hooks off the module now. Calling it twice is harmless.
 
         Example:
             >>> SpanScaledCallback().remove()

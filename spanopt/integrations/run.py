@@ -1,4 +1,4 @@
-"""What a framework's callback does over one run, whatever the framework."""
+"""What the callback of any framework does during one run of training."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from spanopt.schedules import Schedule
 __all__ = ["MakeSchedule", "Run"]
 
 MakeSchedule: TypeAlias = "Callable[[int], Schedule | Mapping[str, Schedule | None]]"
-"""From the number of optimizer steps in a run to what a SpanScheduler takes."""
+"""A function of the number of optimizer steps in a run, which returns schedules of scales."""
 
 
 class Run:
-    """Hooks on a model, and a scheduler of their scales, from the begin of a run to its end.
+    """Hooks on a model, and a scheduler of their scales, from the beginning of a run to its end.
 
     Args:
         request: What to scale, and how.
-        schedule: From the number of optimizer steps in the run to a schedule, or schedules by
-            layer, of a :class:`~spanopt.SpanScheduler`. ``None`` leaves the scales as they are.
+        schedule: A function of the number of optimizer steps in the run. It returns a schedule, or
+            schedules by layer, for a :class:`~spanopt.SpanScheduler`. ``None`` leaves the scales as
+            they are.
         example_inputs: Inputs for one forward pass that checks the layers when the run begins.
-        parameters: What will be trained; ``None`` if that is not known.
+        parameters: The parameters that will be trained; ``None`` if that is not known.
 
     Attributes:
         request: What to scale, and how.
         hooks: The :class:`~spanopt.SpanHooks` during a run, else ``None``.
-        scheduler: The :class:`~spanopt.SpanScheduler`, with a schedule and during a run.
+        scheduler: The :class:`~spanopt.SpanScheduler` during a run with a schedule, else ``None``.
 
     Example:
         >>> run = Run(Request({"*": (2.0, 1.0)}))
@@ -65,18 +66,18 @@ class Run:
         self._remove: Callable[[], Any] = lambda: None
 
     def begin(self, model: nn.Module, steps: int, state: Mapping[str, Any] | None = None) -> None:
-        """Install the hooks; a run that an exception ended before is ended first.
+        """Install the hooks, after ending an earlier run that an exception left open.
 
         Args:
             model: The model to train.
             steps: The number of optimizer steps in the run.
-            state: From :meth:`state`, to go on there.
+            state: What :meth:`state` returned, to continue from there.
 
         Raises:
-            TypeError: An argument of the wrong type, or a schedule that is none.
-            ValueError: No attention layer, a key that matches none, a layer that is scaled already,
-                or a ``state`` of other layers or of a run with a schedule that this one lacks.
-                Nothing is installed then.
+            TypeError: An argument of the wrong type, or a schedule that is not a function.
+            ValueError: No attention layer, a key that matches no layer, a layer that is scaled
+                already, a ``state`` of other layers, or a ``state`` of a run with a schedule if
+                this run has none. Nothing is installed then.
 
         Example:
             >>> run = Run(Request({"*": (2.0, 1.0)}))
@@ -95,7 +96,7 @@ class Run:
             example_inputs=self._example_inputs,
             parameters=self._parameters,
         )
-        # A callback that is dropped leaves the model clean.
+        # The hooks go when the callback is dropped.
         self._remove = weakref.finalize(self, self.hooks.remove)
         try:
             if "span_groups" in state:
@@ -109,10 +110,10 @@ class Run:
             raise
 
     def check(self) -> None:
-        """Complain of layers that were not scaled; to be called before an optimizer step.
+        """Raise an error or warn if a layer was not scaled. Call it before an optimizer step.
 
         Raises:
-            UnscaledLayerError: There is one, and ``on_missing`` is ``"error"``.
+            UnscaledLayerError: A layer was not scaled, and ``on_missing`` is ``"error"``.
 
         Example:
             >>> Run(Request()).check()  # outside of a run there is nothing to complain of
@@ -121,10 +122,11 @@ class Run:
             self.hooks.check()
 
     def stepped(self, skipped: bool = False) -> None:
-        """Set the scales for the next step; to be called after an optimizer step.
+        """Set the scales for the next step. Call it after an optimizer step.
 
         Args:
-            skipped: Whether nothing was updated, as after an overflow; the schedule then waits.
+            skipped: Whether nothing was updated, for example after an overflow. The schedule then
+                does not step.
 
         Example:
             >>> Run(Request()).stepped()
@@ -150,7 +152,7 @@ class Run:
         return {**self.hooks.state_dict(), "scheduler": scheduler}
 
     def end(self) -> None:
-        """Take the hooks off the model. Doing it twice is harmless.
+        """Take the hooks off the model. Calling it twice is harmless.
 
         Example:
             >>> Run(Request()).end()

@@ -1,4 +1,4 @@
-"""For the ``Trainer`` of transformers."""
+"""A callback for the ``Trainer`` of transformers."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ __all__ = ["SpanScaledCallback"]
 class SpanScaledCallback(TrainerCallback, ExportableState):
     """Train a ``Trainer``'s model on span-scaled attention gradients, whatever optimizer it makes.
 
-    The hooks go on the model when training begins and come off when it ends. An exception in
-    training leaves them on, since the ``Trainer`` tells no callback of it, until the callback is
-    used again, :meth:`remove` is called, or the callback is dropped; as a context manager it takes
-    them off there and then.
+    The hooks are put on the model when training begins and taken off when it ends. If an exception
+    ends the training, they stay on, since the ``Trainer`` tells no callback of it. They then go
+    when the callback is used again or dropped, or when :meth:`remove` is called. Use the callback
+    as a context manager to take them off at once, also after an exception.
 
-    Scales and schedule are saved in the ``Trainer``'s checkpoints and restored on resuming.
-    ``restore_callback_states_from_checkpoint`` is not needed for that, and does not go with
-    ``schedule``: it makes callbacks anew from what a file can hold.
+    The ``Trainer``'s checkpoints hold scales and schedule, which are restored on resuming.
+    ``restore_callback_states_from_checkpoint`` is not needed for that. It does not work together
+    with ``schedule``, since it makes new callbacks from a file, which can't hold a function.
 
     Args:
         scales: Scales by layer name or pattern, or one :class:`~spanopt.SpanScale` for all layers.
-        schedule: From the number of optimizer steps in the run to a schedule, or schedules by
-            layer, of a :class:`~spanopt.SpanScheduler`. It takes a step with the optimizer.
-        ridge: Relative ridge of every projection; ``None`` for the dtype's default.
-        on_missing: What to do when a layer that was asked for was not scaled since the last
-            optimizer step: ``"error"``, before anything is updated, ``"warn"`` or ``"ignore"``.
-        qk_modules: Where Q and K are in layers whose attention can't be seen, by layer name or
-            pattern: ``{"blocks.0.attn": {"query": "wq", "key": "wk", "num_heads": 8}}``.
+        schedule: A function of the number of optimizer steps in the run. It returns a schedule, or
+            schedules by layer, for a :class:`~spanopt.SpanScheduler`, which steps with the
+            optimizer.
+        ridge: Relative ridge of every projection; ``None`` means the default of the dtype.
+        on_missing: What to do if a layer that was asked for was not scaled since the last
+            optimizer step: ``"error"`` (before anything is updated), ``"warn"`` or ``"ignore"``.
+        qk_modules: The modules that return Q and K in layers whose attention can't be seen, by
+            layer name or pattern: ``{"blocks.0.attn": {"query": "wq", "key": "wk", "num_heads": 8}}``.
         example_inputs: Inputs for one forward pass that checks the layers when training begins: a
             tuple of positional arguments, a dict of keyword arguments, or one argument.
-        parameters: What will be trained. When given, a scaled layer that has trainable parameters
-            and none of them here is an error.
-        projection: What counts as the parallel part: the name of a setup of
-            :mod:`spanopt.setups` or a function of that kind, for all layers or by layer name or
-            pattern.
-        preserve_norm: Whether a rescaled gradient keeps its norm, for each sequence and head; for
-            all layers or by layer name or pattern.
+        parameters: The parameters that will be trained. If they are given, it is an error that a
+            scaled layer has trainable parameters but none of them is among these.
+        projection: The setup, which says what counts as the parallel part: a name in
+            :mod:`spanopt.setups` or a function, for all layers or by layer name or pattern.
+        preserve_norm: Whether a rescaled gradient keeps its norm, for each sequence and head. Give
+            one flag for all layers, or a dict by layer name or pattern.
 
     Raises:
-        TypeError: A schedule that is no function. All else is checked when training begins.
+        TypeError: ``schedule`` is not a function. All else is checked when training begins.
 
     Example:
         >>> from spanopt import linear
@@ -62,7 +62,7 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
     """
 
     saved: dict[str, Any] | None = None
-    """Set by a Trainer that makes the callback anew; what counts is its own state."""
+    """Set by a Trainer that makes the callback again. The callback reads it from the state."""
 
     @renamed(projections="qk_modules")
     def __init__(
@@ -78,7 +78,7 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
         projection: ProjectionLike = "span",
         preserve_norm: bool | Mapping[str, bool] = False,
     ) -> None:
-        # The Trainer keeps the dicts in its checkpoints: a later change must not reach them.
+        # The Trainer keeps these dicts in its checkpoints, where later changes must not appear.
         if isinstance(qk_modules, Mapping):
             qk_modules = {layer: dict(spec) for layer, spec in qk_modules.items()}
         request = Request(scales, ridge, on_missing, qk_modules, projection, preserve_norm)
@@ -95,19 +95,19 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
         return self._run.scheduler
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Install the hooks, and go on with the scales of the checkpoint that is resumed.
+        """Install the hooks, and set the scales of the checkpoint from which training resumes.
 
         Args:
             args: The ``TrainingArguments``.
             state: The ``TrainerState``.
             control: The ``TrainerControl``.
-            **kwargs: With the ``model``.
+            **kwargs: Among them the ``model``.
 
         Raises:
             TypeError: An argument of the callback is of the wrong type.
-            ValueError: No attention layer, a key that matches none, a layer that is scaled already,
-                a second callback of this class, or a
-                checkpoint of other layers, or with a schedule when there is none here.
+            ValueError: No attention layer, a key that matches no layer, a layer that is scaled
+                already, a second callback of this class, a checkpoint of other layers, or a
+                checkpoint of a run with a schedule if this callback has none.
 
         Example:
             >>> from transformers import TrainerControl, TrainerState
@@ -125,14 +125,14 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
                 f"a Trainer takes one {name}, which may have scales for many layers: its "
                 "checkpoints can't tell two of them apart"
             )
-        # At step 0 this is no checkpoint's, but what a run that failed has left.
+        # At step 0 this state is from a run that failed, not from a checkpoint.
         resumed = saved.get("attributes", {}).get("saved") if state.global_step else None
         self._run.begin(kwargs["model"], state.max_steps, resumed)
-        # The Trainer saves no callback that the checkpoint it goes on from does not know.
+        # The Trainer saves only callbacks that its state names, and an old checkpoint may lack it.
         state.stateful_callbacks[name] = self.state()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that every layer asked for was scaled since the last optimizer step.
+        """Check that every layer that was asked for was scaled since the last optimizer step.
 
         Args:
             args: The ``TrainingArguments``.
@@ -141,7 +141,7 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
             **kwargs: Not used.
 
         Raises:
-            UnscaledLayerError: One was not, and ``on_missing`` is ``"error"``.
+            UnscaledLayerError: A layer was not scaled, and ``on_missing`` is ``"error"``.
 
         Example:
             >>> SpanScaledCallback().on_pre_optimizer_step(None, None, None)
@@ -155,7 +155,7 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
             args: The ``TrainingArguments``.
             state: The ``TrainerState``.
             control: The ``TrainerControl``.
-            **kwargs: With the ``optimizer``, which tells whether it skipped the step.
+            **kwargs: Among them the ``optimizer``, which tells whether it skipped the step.
 
         Example:
             >>> SpanScaledCallback().on_optimizer_step(None, None, None)
@@ -177,10 +177,10 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
         self.remove()
 
     def state(self) -> dict[str, Any]:
-        """Return what the ``Trainer`` saves: how to make this again, and the scales just now.
+        """Return what the ``Trainer`` saves: the callback's arguments, and the scales of now.
 
         Returns:
-            What JSON can hold.
+            A dict of values that JSON can hold.
 
         Example:
             >>> SpanScaledCallback({"*": (3.0, 1.0)}).state()["args"]["scales"]["*"]["parallel"]
@@ -192,7 +192,7 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
         }
 
     def remove(self) -> None:
-        """Take the hooks off the model now. Doing it twice is harmless.
+        """Take the hooks off the model now. Calling it twice is harmless.
 
         Example:
             >>> SpanScaledCallback().remove()
@@ -207,7 +207,7 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
 
 
 def _plain(request: Request) -> dict[str, Any]:
-    """Return what was asked for as numbers, strings, lists, dicts and ``None``."""
+    """Return a request as a dict of numbers, strings, lists, dicts and ``None``."""
     scales: Any = request.scales
     if scales is not None:
         scales = {"*": scales} if isinstance(scales, SpanScale) else scales
@@ -224,5 +224,5 @@ def _plain(request: Request) -> dict[str, Any]:
 
 
 def _name(projection: Any) -> str:
-    """Return the name of a setup; that of a function is one that is refused when it is read."""
+    """Return the name of a setup. A function gets a name that is refused when it is read back."""
     return projection if isinstance(projection, str) else f"the function {projection!r}"
