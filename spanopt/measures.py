@@ -115,7 +115,7 @@ def score_chunks(
 
 
 def by_head(x: Tensor) -> Tensor:
-    """Return (B, ..., N, d) as (B, H, N, d), or (..., N, d) with no dimension of heads as H = 1."""
+    """Return (B, ..., N, d) as (B, H, N, d). Without a dimension of heads, H is 1."""
     if x.ndim < 4:
         return x.reshape(-1, 1, *x.shape[-2:])
     return x.flatten(1, -3)

@@ -244,7 +244,7 @@ def means(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _real(real: Tensor | None) -> Tensor | None:
-    """Return which queries are real, as (B, H or 1, N), from a mask broadcastable to (..., H, N)."""
+    """Reshape a mask of real queries, broadcastable to (..., H, N), to (B, H or 1, N)."""
     if real is None:
         return None
     if real.ndim < 3:

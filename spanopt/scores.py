@@ -31,7 +31,7 @@ _FORBIDDEN = -9e3
 # The authors take this quantile of dispersions over all queries, and 1 minus it of separations.
 _QUANTILE = 0.95
 _LEAST = 1e-9
-# How many queries of each sequence and head have their Jacobian taken; they are evenly spaced.
+# About how many queries of each sequence and head have their Jacobian taken, evenly spaced.
 _JACOBIANS = 64
 
 

@@ -1,4 +1,4 @@
-"""Does span scaling help *my* model? Arms trained on the same seeds, with their controls.
+"""A test of whether span scaling helps *your* model: it trains arms and controls on equal seeds.
 
     from spanopt.compare import compare
 
@@ -6,16 +6,17 @@
     print(result)
 
 It needs SciPy, rich and matplotlib: ``pip install ".[compare]"`` in a clone. They are imported when
-they are used, so that ``import spanopt`` does without. What is in which file:
+they are used, so ``import spanopt`` works without them. The files:
 
 - ``arms`` says what is compared, ``wrapping`` puts it on the user's optimizer, ``trial`` calls the
   user's function once;
-- ``grid`` and ``planning`` say which trials are needed, ``design`` adds what is this package's own;
+- ``grid`` and ``planning`` say which trials any study needs, ``design`` which this one needs too;
 - ``pool`` runs trials, ``jsonl`` and ``store`` keep their results, ``progress`` shows them;
 - ``statistics`` and ``sequential`` compare arms, ``reading`` says it in words, ``drawing`` draws;
-- ``engine`` puts all of this together, ``result`` is what it returns, ``command`` the command line.
+- ``engine`` puts these parts together, ``result`` has what it returns, ``command`` is the command
+  line.
 
-The parts that know nothing of the user's function are also those of ``benchmarks/study.py``.
+``benchmarks/study.py`` uses the same parts, as far as they know nothing of the user's function.
 """
 
 from spanopt.compare.arms import Arm

@@ -1,4 +1,4 @@
-"""Arms: what is compared, and the controls that go with it."""
+"""Arms, which are the ways of training that are compared, and the controls for them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Arm:
 
     Args:
         scales: Scales by layer name or pattern, as :class:`~spanopt.SpanScaledOptimizer` takes
-            them; one ``SpanScale`` or one (parallel, violation) pair for all layers; ``None`` for
+            them, or one ``SpanScale`` or (parallel, violation) pair for all layers. ``None`` means
             plain training.
         options: Further arguments of :class:`~spanopt.SpanScaledOptimizer` by name, such as
             ``{"projection": "pooled"}``.
         params: Further arguments of the function that trains, by name, such as ``{"lr": 1e-3}``.
-        held: Whether weights that get a gradient by way of Q and K alone stay where they are,
-            weight decay or not. It takes factors of 0.
+        held: Whether weights that get their gradient only through Q and K stay fixed, even with
+            weight decay. The factors must then be 0.
 
     Example:
         >>> Arm((2, 1)).scales
@@ -67,7 +67,7 @@ class Arm:
         return dict(self.scales or {})  # type: ignore[arg-type]
 
     def describe(self) -> dict[str, Any]:
-        """Return what JSON can hold of it, by which stores tell arms apart."""
+        """Return a description that JSON can hold, by which stores tell arms apart."""
         layers = {key: value and value.fields() for key, value in self.layers.items()}
         return {
             "scales": layers or None,
@@ -82,7 +82,7 @@ ArmLike: TypeAlias = Arm | Layers | SpanScale | tuple[Any, Any] | None
 
 
 def _described(value: Any) -> Any:
-    """Return JSON's own types as they are, and a name for anything else."""
+    """Return a value of JSON's types as it is, and the name of anything else."""
     if isinstance(value, Mapping):
         return {str(key): _described(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -99,8 +99,8 @@ class Arms:
 
     Attributes:
         all: Every arm by name, plain training first.
-        asked: The names of those that the user asked for.
-        uniform: For an arm, the name of the one that scales everything by its factor.
+        asked: The names of the arms that the user asked for.
+        uniform: For an arm, the name of its uniform control, which scales everything by one factor.
     """
 
     all: dict[str, Arm]
@@ -109,13 +109,13 @@ class Arms:
 
 
 def with_controls(arms: Mapping[str, ArmLike], controls: Iterable[str] = CONTROLS) -> Arms:
-    """Put the controls beside the arms that a user asks for.
+    """Add the controls to the arms that a user asks for.
 
     Args:
         arms: The user's arms by name.
-        controls: Which controls, of ``"near-null"`` (factors that change next to nothing),
-            ``"uniform"`` (parallel part and violation by the same factor) and ``"frozen"`` (Q and K
-            are not trained). Plain training is always there.
+        controls: Some of ``"near-null"`` (factors that change next to nothing), ``"uniform"`` (the
+            same factor for the parallel part and the violation) and ``"frozen"`` (Q and K are not
+            trained). Plain training is always added.
 
     Raises:
         ValueError: No arms, an unknown control, or an arm that has the name of a control.
@@ -155,13 +155,13 @@ def _on_the_same_layers(arm: Arm, scale: SpanScale, held: bool = False) -> Arm:
 
 
 def _reaching(arm: Arm) -> dict[str, Any]:
-    """Return the options that say how Q and K are reached, without those of the projection."""
+    """Return the options that say how Q and K are reached, without those of the rescaling."""
     kept = ("qk_modules", "on_missing", "example_inputs")
     return {name: value for name, value in arm.options.items() if name in kept}
 
 
 def _uniform(arm: Arm) -> Arm | None:
-    """Return the arm that scales everything alike; ``None`` where that would be no control."""
+    """Return the uniform control of an arm; ``None`` if it would control for nothing."""
     if arm.scales is None or arm.options.get("preserve_norm"):
         return None
     layers = {key: value and _alike(value) for key, value in arm.layers.items()}
@@ -186,7 +186,7 @@ def _alike(scale: SpanScale) -> SpanScale:
 
 
 def _factor_of(parallel: Factor, violation: Factor) -> Factor:
-    """Return the factor of the part that is scaled: the parallel one if both are."""
+    """Return the factor of the part that is scaled: the parallel part if both are."""
     if isinstance(parallel, tuple) or isinstance(violation, tuple):
         heads = len(parallel if isinstance(parallel, tuple) else violation)  # type: ignore[arg-type]
         pairs = [x if isinstance(x, tuple) else (x,) * heads for x in (parallel, violation)]

@@ -19,7 +19,7 @@ def add_command(commands: Any) -> None:
     """Add ``compare`` to the subcommands of ``python -m spanopt``.
 
     Args:
-        commands: What ``ArgumentParser.add_subparsers`` returned.
+        commands: The object that ``ArgumentParser.add_subparsers`` returned.
     """
     command = commands.add_parser(
         "compare",
@@ -66,7 +66,7 @@ def add_command(commands: Any) -> None:
 
 
 def run_command(options: argparse.Namespace) -> int:
-    """Run ``compare`` and return the exit status: 0, or 2 for a mistake in the arguments."""
+    """Run ``compare``. Return the exit status: 0, 2 after an error, or 130 after an interrupt."""
     from spanopt.compare.engine import compare
 
     try:

@@ -1,4 +1,4 @@
-"""The plan of a comparison: arms, controls, repetitions, and runs of equal time."""
+"""The plan of a comparison: arms, controls, repetitions, and runs in equal time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from spanopt.compare.trial import Trial
 __all__ = ["Design"]
 
 REPEATED = 2  # seeds on which plain training is run twice
-FROZEN_SEEDS = 5  # the effect is large where attention matters
-TIMED = 3  # seeds by which the time of a step is told
+FROZEN_SEEDS = 5  # few are enough: the effect is large if attention matters
+TIMED = 3  # seeds on which the time of a step is measured
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,15 @@ class Design(Plan[Trial]):
 
     Attributes:
         named: The arms and their controls.
-        seeds: What arms are compared on; with ``until``, at most these.
-        tuning_seeds: What values are chosen on.
-        grid: The values of the tuned argument, ``None`` where nothing is tuned.
-        metric: The number that is compared, ``None`` for the first one.
-        tuning_metric: The number by which values are chosen, ``None`` for the same.
-        larger_is_better: Whether a larger metric is better. It is compared all the same; only
-            tuning and words turn around.
-        steps: The number of steps that the user's function is asked for, if it is.
+        seeds: The seeds on which arms are compared; with ``until``, perhaps only the first of them.
+        tuning_seeds: The seeds on which values are chosen.
+        grid: The values of the tuned argument; ``None`` if nothing is tuned.
+        metric: The name of the number that is compared; ``None`` means the first one.
+        tuning_metric: The name of the number by which values are chosen; ``None`` means ``metric``.
+        larger_is_better: Whether a larger metric is better. Changes are computed in the same way;
+            only tuning and the words of the report turn around.
+        steps: The number of steps that the user's function is asked to take; ``None`` if it is not
+            told.
         until: The width of the intervals, in per cent, at which the comparison ends.
     """
 
@@ -55,7 +56,7 @@ class Design(Plan[Trial]):
 
     @property
     def tuning(self) -> tuple[int, ...]:
-        """The seeds that values are chosen on."""
+        """The seeds on which values are chosen."""
         return self.tuning_seeds
 
     @property
@@ -64,11 +65,11 @@ class Design(Plan[Trial]):
         return self.grid
 
     def value_from(self, arm: str) -> str:
-        """Return the arm whose value this one takes: the controls that change nothing, plain's."""
+        """Return the arm whose tuned value this arm takes: near-null and frozen take plain's."""
         return PLAIN if arm in (NEAR_NULL, FROZEN) else arm
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
-        """Return the seeds that an arm is compared on."""
+        """Return the seeds on which an arm is compared."""
         return self.seeds[:FROZEN_SEEDS] if arm == FROZEN else self.seeds
 
     def trial(self, arm: str, value: float | None, seed: int) -> Trial:
@@ -77,7 +78,7 @@ class Design(Plan[Trial]):
         return Trial(arm, seed, tuned, self.steps)
 
     def metric_of(self, result: Mapping[str, Any], name: str | None = None) -> float | None:
-        """Return a metric of a result, ``None`` if it has none."""
+        """Return a metric of a result; ``None`` if it has none."""
         metrics = result.get("metrics")
         if not metrics:
             return None
@@ -95,7 +96,7 @@ class Design(Plan[Trial]):
         seeds = self.seeds if last is None else self.seeds[:last]
         for trial in super().wanted(store):
             if trial.seed not in self.seeds:
-                yield trial  # of the tuning
+                yield trial  # a trial of the tuning
             elif trial.seed in seeds:
                 if trial.arm == PLAIN and trial.seed in self.seeds[:REPEATED]:
                     yield trial
@@ -109,14 +110,14 @@ class Design(Plan[Trial]):
                     yield shorter
 
     def repetition(self, trial: Trial) -> Trial:
-        """Return the second call of a trial."""
+        """Return the trial that repeats a trial."""
         return Trial(trial.arm, trial.seed, trial.value, trial.steps, again=1)
 
     def time_ratio(self, arm: str, store: Results) -> float | None:
-        """Return how many times as long a step of an arm takes as one of plain training.
+        """Return the time of a step of an arm, divided by that of plain training.
 
-        It is the median over the first seeds, ``None`` until they have been run or where the
-        optimizer does not tell.
+        It is the median over the first seeds. It is ``None`` until they have been run, and if the
+        optimizer does not tell its steps.
         """
         ratios = []
         for seed in self.seeds[:TIMED]:
@@ -128,7 +129,7 @@ class Design(Plan[Trial]):
         return statistics.median(ratios) if ratios else None
 
     def equal_time(self, arm: str, seed: int, store: Results) -> Trial | None:
-        """Return the trial of an arm that takes as long as plain training does."""
+        """Return the trial of an arm that takes as long as plain training; ``None`` if unknown."""
         ratio = self.time_ratio(arm, store)
         if self.steps is None or ratio is None:
             return None
@@ -136,13 +137,13 @@ class Design(Plan[Trial]):
         return Trial(arm, seed, self.best(arm, store), steps)
 
     def result(self, arm: str, seed: int, store: Results) -> Mapping[str, Any] | None:
-        """Return the result by which an arm is compared on a seed, ``None`` if there is none."""
+        """Return the result with which an arm is compared on a seed; ``None`` if there is none."""
         if not self.is_known(arm, store):
             return None
         return store.get(self.trial(arm, self.best(arm, store), seed))
 
     def complete(self, store: Results) -> tuple[int, ...]:
-        """Return the seeds, from the first on, that every arm has been run on."""
+        """Return the first seeds, as far as every arm has been run on them."""
         done = []
         for seed in self.seeds:
             arms = [arm for arm in self.arms if seed in self.seeds_of(arm)]
@@ -152,7 +153,7 @@ class Design(Plan[Trial]):
         return tuple(done)
 
     def stopped_at(self, store: Results) -> int | None:
-        """Return how many seeds sufficed for ``until``, ``None`` while more are needed."""
+        """Return how many seeds were enough for ``until``; ``None`` while more are needed."""
         if self.until is None:
             return None
         judged = [*self.named.asked, *self.named.uniform.values()]
@@ -167,7 +168,7 @@ class Design(Plan[Trial]):
     def losses(
         self, arm: str, seeds: tuple[int, ...], store: Results, *, equal_time: bool = False
     ) -> list[float | None]:
-        """Return the metric of an arm on seeds, ``None`` where there is none."""
+        """Return the metric of an arm on each seed; ``None`` where there is none."""
         found = []
         for seed in seeds:
             trial = self.equal_time(arm, seed, store) if equal_time else None
@@ -191,9 +192,10 @@ class Design(Plan[Trial]):
             arm: The arm.
             store: The results.
             against: The other arm.
-            seeds: The seeds, by default those that every arm has been run on.
-            equal_time: Whether the arm gets as much time as the other, in place of as many steps.
-            any_time: Whether the interval holds at any look. With ``until`` it always does.
+            seeds: The seeds; by default those on which every arm has been run.
+            equal_time: Whether the arm gets as much time as the other, not as many steps.
+            any_time: Whether the interval stays valid however often it is looked at. With
+                ``until`` it always does.
         """
         seeds = self.complete(store) if seeds is None else seeds
         seeds = tuple(s for s in seeds if s in self.seeds_of(arm) and s in self.seeds_of(against))

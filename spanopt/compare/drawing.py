@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COLOURS", "aligned", "draw_interval", "forest", "markdown", "save"]
 
-# Paul Tol's "bright" colours, which people with any kind of colour blindness tell apart.
+# Paul Tol's "bright" colours, which people with any kind of colour blindness can tell apart.
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#AA3377", "#66CCEE", "#8C8C8C")
 BETTER, WORSE, UNCLEAR = COLOURS[0], COLOURS[1], COLOURS[6]
 
@@ -42,11 +42,11 @@ def draw_interval(axes: Any, change: Change, y: float, colour: str, label: str =
 
 
 def forest(changes: Mapping[str, Change], label: str, *, larger_is_better: bool = False) -> Figure:
-    """Draw changes by arm with their intervals: blue where clearly better, red where worse.
+    """Draw each arm's change with its interval: blue if clearly better, red if clearly worse.
 
     Args:
-        changes: By arm, from top to bottom.
-        label: What the axis is.
+        changes: The changes by arm, from top to bottom.
+        label: The label of the axis.
         larger_is_better: Whether a change above 0 is better.
     """
     from matplotlib import rcParams

@@ -1,4 +1,4 @@
-"""The comparison itself: a plan, a pool, a store."""
+"""The function ``compare``: it makes a plan, runs trials in a pool, and stores their results."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from spanopt.compare.trial import Task, Trial
 
 __all__ = ["compare"]
 
-EXTENSIONS = 8  # of a grid, at each end
+EXTENSIONS = 8  # values that may be added to a grid at each end
 TUNING_SEEDS = (1_000_000, 1_000_001)
 MOST_SEEDS = 100  # with until=
-HOPELESS = 3  # trials that fail before the comparison is given up, if none has not
+HOPELESS = 3  # after so many trials the comparison is given up, if all have failed
 _task: Task
 
 
@@ -59,42 +59,43 @@ def compare(
     Args:
         train: ``train(seed, wrap, ...)`` trains once and returns the validation loss, or a dict of
             several numbers. It puts ``wrap`` around its optimizer: ``optimizer = wrap(optimizer,
-            model)``. It draws everything random from ``seed``, so that arms see the same batches.
+            model)``. All its random numbers come from ``seed``, so that arms see the same batches.
         arms: What to compare, by name: scales by layer name or pattern, one (parallel, violation)
             pair for all layers, or an :class:`~spanopt.compare.Arm`.
-        seeds: How many seeds, counted from 0, or which. By default 10; with ``until`` at most 100.
+        seeds: The number of seeds, which then count from 0, or the seeds themselves. By default 10,
+            or at most 100 with ``until``.
         tune: The name of one argument of ``train``, such as ``"lr"``, and at least two values of
-            it in ascending order. Each arm is trained at the value that is best for it. The values
-            are extended until the best one is inside.
-        tuning_seeds: The seeds that values are chosen on. They take no part in the comparison.
-        steps: The number of steps, given to ``train`` as ``steps``. Then each arm is also trained
-            for fewer steps, in the time that plain training takes.
-        controls: Which of ``"near-null"``, ``"uniform"`` and ``"frozen"`` are trained besides.
-        metric: The number that is compared, by default the first one that ``train`` returns. It is
-            above 0, since changes are in per cent.
-        tuning_metric: The number by which values are chosen, by default the same.
+            it in ascending order. Each arm is trained at the value that is best for it. More
+            values are added until the best one is not at an end.
+        tuning_seeds: The seeds on which values are chosen. They take no part in the comparison.
+        steps: The number of steps, which is given to ``train`` as ``steps``. Each arm is then also
+            trained for fewer steps if its steps are slower, so that it takes plain training's time.
+        controls: Which of ``"near-null"``, ``"uniform"`` and ``"frozen"`` are trained too.
+        metric: The name of the number that is compared; by default the first one that ``train``
+            returns. It must be above 0, since changes are in per cent.
+        tuning_metric: The name of the number by which values are chosen; by default ``metric``.
         larger_is_better: Whether a larger metric is better.
-        until: Go on until every interval is narrower than this many per cent. The intervals and
-            p-values are then those of a sequential method, valid at any number of seeds.
-        margin: The smallest change of interest, in per cent. It decides no test: an interval that
-            includes 0 and reaches no further reads "no difference larger than", a wider one "no
-            conclusion yet".
-        out: A folder for results. A comparison that was killed goes on there, and loses only the
-            trials that were in progress.
-        workers: How many trials run at once, each in a process of its own if there are several.
-            Each process sees one CUDA device if there are devices.
+        until: Run more seeds until every interval is at most this many per cent wide. The intervals
+            and p-values are then those of a sequential method, valid at any number of seeds.
+        margin: The smallest change of interest, in per cent. It decides no test, only words. If no
+            change is found and the interval stays within the margin, the report says "no difference
+            larger than". If the interval reaches further, it says "no conclusion yet".
+        out: A folder for results. If a comparison was killed, the same call continues it there.
+            Only the trials that were in progress are lost.
+        workers: How many trials run at once. If there are several, each runs in its own process,
+            which sees one CUDA device if there are any.
         retry: Whether trials that raised an error before are run again.
         progress: Whether progress is shown on the terminal.
 
     Returns:
-        The comparison: print it, or ``plot`` it.
+        The comparison, which can be printed, and drawn with ``plot``.
 
     Raises:
         ImportError: SciPy, rich or matplotlib is missing.
-        TypeError: ``train`` does not take what it would be given.
-        ValueError: An argument that makes no sense, a ``train`` that several processes can't
-            import, or a store of other settings.
-        RuntimeError: Every trial fails.
+        TypeError: ``train`` does not take the arguments that it would be given.
+        ValueError: An argument is not valid, several processes can't import ``train``, or ``out``
+            has results of other settings.
+        RuntimeError: All of the first trials failed.
 
     Example:
         >>> def train(seed, wrap):
@@ -140,10 +141,10 @@ def compare(
 
 
 def _run(design: Design, task: Task, store: Store, workers: int, shown: Progress | None) -> None:
-    """Run what is pending.
+    """Run the pending trials.
 
-    When a process dies, the trials in progress run again, one at a time, until it is known which of
-    them it was. A trial whose process dies when it is alone has failed.
+    When a process dies, the trials in progress run again, one at a time. This shows which of them
+    killed it. A trial has failed if its process dies while the trial runs alone.
     """
     suspects: set[Trial] = set()
     alone = False
@@ -190,7 +191,7 @@ def _pool(task: Task, workers: int, running: int) -> Executor:
 
 
 def start_worker(task: Task) -> None:
-    """Remember in a new process what its trials share."""
+    """Store the task that all trials of a new process share."""
     global _task
     _task = task
 
@@ -266,7 +267,7 @@ def _check_importable(train: Callable[..., Any]) -> None:
     except Exception as error:
         reason = str(error)
     else:
-        inner = getattr(train, "func", train)  # of functools.partial
+        inner = getattr(train, "func", train)  # functools.partial has the function as func
         main = sys.modules["__main__"]
         in_notebook = inner.__module__ == "__main__" and not hasattr(main, "__file__")
         if not in_notebook:
@@ -279,7 +280,7 @@ def _check_importable(train: Callable[..., Any]) -> None:
 
 
 def _settings(task: Task, design: Design) -> dict[str, Any]:
-    """Return all that results depend on, as far as it can be told."""
+    """Return the settings on which results depend, as far as they are known."""
     train = getattr(task.train, "func", task.train)
     try:
         source = hashlib.sha256(inspect.getsource(train).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A grid of values that is extended until its best value is inside."""
+"""A grid of values that is extended until its best value is not at an end."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["Grid"]
 
 
 class Grid:
-    """Values of a hyperparameter to try, and which to try next. A single one is taken as it is.
+    """Values of a hyperparameter to try. It tells which to try next. A single value is not tuned.
 
     Args:
         values: The values to begin with: positive, ascending, at least one.
-        extensions: How many values may be added at each end. Each is as far from the last one, as
-            a factor, as the given ones are from each other there.
-        refine: Whether the best value's neighbours are tried at half that distance as well.
+        extensions: How many values may be added at each end. The factor between added values is
+            the factor between the two given values at that end.
+        refine: Whether values half way between the best value and its neighbours are tried too.
 
     Raises:
         ValueError: Values that are not positive and ascending.
@@ -39,10 +39,10 @@ class Grid:
             self.points = sorted([*coarse, *between])
 
     def wanted(self, losses: Mapping[float, float]) -> list[float]:
-        """Return the values that have to be tried next; none when the best one is known.
+        """Return the values that have to be tried next; none if the best one is known.
 
         Args:
-            losses: The loss at each value tried so far, infinite where training diverged.
+            losses: The loss at each value tried so far; infinite if training diverged.
         """
         if len(self.values) == 1:
             return []
@@ -50,14 +50,14 @@ class Grid:
         if missing:
             return missing
         best = self.points.index(self.best(losses))
-        for step in range(self._step, 0, -1):  # the neighbours, and then those half as far
+        for step in range(self._step, 0, -1):  # the neighbours, then those half way
             beside = [self.points[n] for n in (best - step, best + step) if self._has(n)]
             if best % self._step == 0 and any(value not in losses for value in beside):
                 return [value for value in beside if value not in losses]
         return []
 
     def best(self, losses: Mapping[float, float]) -> float:
-        """Return the value of the least loss, the smallest of them if there are several."""
+        """Return the value with the least loss; if there are several, the smallest of them."""
         if len(self.values) == 1:
             return self.values[0]
         return min(sorted(losses), key=lambda value: losses[value])

@@ -1,4 +1,4 @@
-"""Append-only files of one JSON object a line, which survive a killed process."""
+"""Append-only files with one JSON object per line, which survive a killed process."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
         path: The file.
 
     Yields:
-        The number of the line, from 1, and the object in it. A last line without a newline was half
-        written when a process was killed, and is left out.
+        The number of the line, from 1, and the object in it. A last line without a newline is left
+        out: a process was killed while writing it.
 
     Raises:
-        ValueError: A line that is no JSON.
+        ValueError: A line is not JSON.
     """
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
@@ -34,11 +34,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def append_line(path: Path, record: Any) -> None:
-    """Add a record to a file; it is on disk when this returns.
+    """Add a record to a file. It is on disk when this returns.
 
     Args:
-        path: The file. It and its folder are made when they are missing.
-        record: What JSON can hold.
+        path: The file. The file and its folder are made if they are missing.
+        record: A value that JSON can hold.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:

@@ -1,4 +1,4 @@
-"""Running trials: in this process or in several, each of which ends with this one."""
+"""Pools that run trials, in this process or in several processes that end with this one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T", bound=Hashable)
 
 
 class Here(Executor):
-    """Runs what is submitted at once, in this process."""
+    """An executor that runs functions at once, in this process."""
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run a function and return its outcome. An interrupt from the keyboard goes through."""
+        """Run a function and return its outcome. An interrupt from the keyboard is raised."""
         future: Future[Any] = Future()
         try:
             future.set_result(fn(*args, **kwargs))
@@ -40,11 +40,11 @@ def process_pool(
     """Return a pool of processes.
 
     Args:
-        workers: How many.
-        start: What each runs first. It must be importable.
-        arguments: What ``start`` takes.
-        threads: How many threads PyTorch uses in each; ``None`` leaves that alone.
-        devices: Values of ``CUDA_VISIBLE_DEVICES``, handed out in turn: one to each process.
+        workers: The number of processes.
+        start: The function that each process runs first. It must be importable.
+        arguments: The arguments of ``start``.
+        threads: How many threads PyTorch uses in each process; ``None`` leaves the number as it is.
+        devices: Values of ``CUDA_VISIBLE_DEVICES``. Each process gets one, in turn.
     """
     context = multiprocessing.get_context("spawn")
     turns = context.Queue()
@@ -65,7 +65,7 @@ def _start(turns: Any, threads: int | None, start: Callable[..., None], argument
 
 
 def _end_with_parent() -> None:
-    """Leave no process behind when the one that started it is killed."""
+    """End this process when the one that started it ends or is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -83,14 +83,15 @@ def run_pending(
     """Run trials until none is pending.
 
     Args:
-        pending: Returns the trials that can be run now, the most wanted first. Those in progress
-            may be among them.
-        run: Runs one. In a pool of processes it must be importable.
-        keep: Takes a trial and its outcome, so that it is pending no more. What it raises ends the
-            run.
-        pool: Where they run.
-        workers: How many run at once.
-        progress: Is told how many trials are done and how many are left, as far as is known.
+        pending: A function that returns the trials that can be run now, the most wanted first.
+            Trials in progress may be among them.
+        run: A function that runs a trial. In a pool of processes it must be importable.
+        keep: A function that takes a trial and its outcome. The trial is then no longer pending.
+            An exception that it raises ends the run.
+        pool: The executor that runs the trials.
+        workers: How many trials run at once.
+        progress: A function that is told how many trials are done and how many are left, as far
+            as is known.
     """
     running: dict[Future[Any], T] = {}
     done = 0
@@ -103,7 +104,7 @@ def run_pending(
             if not running:
                 return
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            # What has a result is kept first: the outcome of another trial may end the run.
+            # Trials that have a result are kept first, since a failed one may end the run.
             for future in sorted(finished, key=lambda future: future.exception() is not None):
                 keep(running.pop(future), future)
                 done += 1

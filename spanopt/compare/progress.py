@@ -1,4 +1,4 @@
-"""Progress on the terminal: trials done, time left, the table as it stands."""
+"""Progress on the terminal: trials done, time left, and the table so far."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from spanopt.compare.store import Store
 
 __all__ = ["Progress"]
 
-EVERY = 30.0  # seconds between two lines where no terminal shows a bar
+EVERY = 30.0  # seconds between two lines, if there is no terminal to show a bar
 
 
 class Progress:
-    """Shows how far a comparison is.
+    """A display of how far a comparison is.
 
-    The intervals that it shows hold at any look, so that looking at them does no harm.
+    The intervals that it shows stay valid however often they are looked at.
 
     Args:
         design: What is compared.

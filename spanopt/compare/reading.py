@@ -1,4 +1,4 @@
-"""What a comparison says, in plain words."""
+"""The result of a comparison in plain words."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ TINY = 0.01  # per cent
 
 
 def in_words(change: Change) -> str:
-    """Return a change with its interval."""
+    """Return a change with its interval as text."""
     return f"{change.mean:+.2f} % ({change.low:+.2f} to {change.high:+.2f})"
 
 
 class Reader:
-    """Reads a comparison.
+    """Turns the numbers of a comparison into sentences.
 
     Args:
         design: What was compared.
@@ -46,7 +46,7 @@ class Reader:
         self.adjusted_p: dict[str, float] = dict(zip(family, p_values, strict=True))
 
     def readings(self) -> list[str]:
-        """Return the sentences, first about the arms, then about what they rest on."""
+        """Return the sentences: first about the arms, then about how far they can be trusted."""
         return [
             *(self.of_arm(arm) for arm in self.design.named.asked),
             *self.of_time(),
@@ -57,7 +57,7 @@ class Reader:
         ]
 
     def verdict(self, change: Change, p: float) -> str:
-        """Return ``"better"``, ``"worse"``, ``"same"`` or ``"open"``."""
+        """Return what a change shows: ``"better"``, ``"worse"``, ``"same"`` or ``"open"``."""
         if math.isnan(change.mean) or math.isnan(p):
             return "open"
         if p < LEVEL:
@@ -66,7 +66,7 @@ class Reader:
         return "same" if max(-change.low, change.high) <= self.margin else "open"
 
     def of_arm(self, arm: str) -> str:
-        """Return what is to be said of one arm."""
+        """Return the sentence about one arm."""
         change = self.changes[arm]
         verdict = self.verdict(change, self.adjusted_p[arm])
         if verdict == "better":
@@ -102,7 +102,7 @@ class Reader:
         return advice
 
     def of_time(self) -> Iterator[str]:
-        """Say how the arms do in the same time."""
+        """Say how good the arms are in the same time."""
         for arm in self.design.named.asked:
             ratio = self.design.time_ratio(arm, self.store)
             if ratio is None:
@@ -135,7 +135,7 @@ class Reader:
             yield f"{text}."
 
     def of_repetition(self) -> Iterator[str]:
-        """Say whether plain training, run twice, gives the same."""
+        """Say whether plain training, run twice, gives the same result."""
         differences = []
         for seed in self.design.seeds[:REPEATED]:
             trial = self.design.trial(PLAIN, self.design.best(PLAIN, self.store), seed)
@@ -153,7 +153,7 @@ class Reader:
             )
 
     def of_values(self) -> Iterator[str]:
-        """Say where tuning ended at the end of what was tried."""
+        """Say for which arms the best value is at an end of the values that were tried."""
         grid = self.design.grid
         for arm in self.design.arms if grid else ():
             if self.design.value_from(arm) == arm and grid is not None:

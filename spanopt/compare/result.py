@@ -1,4 +1,4 @@
-"""What a comparison returns."""
+"""The object that ``compare`` returns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Comparison"]
 
 
 class Comparison:
-    """Arms compared with plain training. ``print`` shows the table and what it says.
+    """Arms compared with plain training. ``print`` shows the table and its meaning in words.
 
     Args:
         design: What was compared.
@@ -28,12 +28,12 @@ class Comparison:
         margin: The smallest change of interest, in per cent.
 
     Attributes:
-        seeds: The seeds that every arm was run on.
+        seeds: The seeds on which every arm was run.
         changes: The change of each arm against plain training.
-        equal_time: The change of each arm that was also trained in plain training's time.
+        equal_time: The change of each arm that was also trained in the time of plain training.
         adjusted_p: p-values, adjusted for the number of arms and uniform controls by Benjamini and
             Hochberg's procedure.
-        readings: What it says, in sentences.
+        readings: The meaning of the comparison, in sentences.
     """
 
     def __init__(self, design: Design, store: Store, margin: float) -> None:
@@ -46,11 +46,11 @@ class Comparison:
         self.readings: list[str] = reader.readings()
 
     def values(self) -> dict[str, float | None]:
-        """Return the tuned value of each arm, ``None`` where nothing was tuned."""
+        """Return the tuned value of each arm; ``None`` if nothing was tuned."""
         return {arm: self._design.best(arm, self._store) for arm in self._design.arms}
 
     def losses(self, arm: str) -> list[float | None]:
-        """Return the metric of an arm by seed, ``None`` where a trial gave no number.
+        """Return the metric of an arm on each seed; ``None`` where a trial gave no number.
 
         Args:
             arm: The name of the arm.
@@ -64,7 +64,7 @@ class Comparison:
         return self._design.losses(arm, seeds, self._store)
 
     def trials(self) -> list[dict[str, Any]]:
-        """Return every trial with its result, as the store has them."""
+        """Return every trial with its result, as they are stored."""
         return [{"trial": t.record(), "result": dict(r)} for t, r in self._store.results()]
 
     def table(self) -> str:
@@ -110,7 +110,7 @@ class Comparison:
         """Draw the change of each arm with its interval.
 
         Args:
-            path: Where to save the picture, in the format that its suffix says; by default nowhere.
+            path: Where to save the picture; the suffix says the format. By default nowhere.
 
         Returns:
             The ``matplotlib.figure.Figure``.

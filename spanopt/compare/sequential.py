@@ -1,17 +1,18 @@
-"""Intervals and p-values that hold however often they are looked at.
+"""Intervals and p-values that stay valid however often they are looked at.
 
-Source: the scale-invariant Gaussian mixture of the t-test, as in Perez-Ortiz, Lardy, de Heide and
+Source: the scale-invariant Gaussian mixture of the t-test, see Perez-Ortiz, Lardy, de Heide and
 Gruenwald, "E-statistics, group invariance and anytime-valid testing" (Annals of Statistics 2024),
 and Wang and Ramdas, "Anytime-valid t-tests and confidence sequences for Gaussian means with unknown
 variance" (Sequential Analysis 2025, arXiv 2310.03722).
 
-With n differences, t their t-statistic and v = n - 1, the mixture over effects mean / sd ~ N(0, c)
+Let there be n differences, t their t-statistic and v = n - 1. Take the mixture over effects
+mean / sd ~ N(0, c). Then
 
     E = (1 + n c)^(-1/2) * [(1 + t^2/v) / (1 + t^2/(v (1 + n c)))]^(n/2)
 
-is a test martingale of "the mean is 0". So at any time P(E ever reaches 1/a) <= a, which gives the
-p-value 1/max E; and the means that are not rejected make an interval at each n, all of which
-together cover the truth with probability 1 - a.
+is a test martingale of "the mean is 0". So P(E ever reaches 1/a) <= a, which gives the p-value
+1/max E. The means that are not rejected at n make an interval. With probability 1 - a at least,
+the intervals at all n cover the truth.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from spanopt.compare.statistics import Change, changes
 __all__ = ["at_any_time", "half_width", "width"]
 
 ALPHA = 0.05
-MIXTURE = 1.0  # c: near the narrowest from 8 seeds to 50
+MIXTURE = 1.0  # c, which gives nearly the narrowest intervals from 8 seeds to 50
 
 
 def half_width(spread: float, n: int, alpha: float = ALPHA) -> float:
-    """Return half the width of the interval of the mean, infinite while n is too small.
+    """Return half the width of the interval of the mean. It is infinite while n is too small.
 
     Args:
         spread: Standard deviation of the differences.
-        n: How many there are.
-        alpha: How often an interval of the whole sequence may miss the truth.
+        n: The number of differences.
+        alpha: The probability that any interval of the whole sequence misses the truth.
     """
     if n < 2:
         return math.inf
@@ -57,7 +58,7 @@ def width(losses: Sequence[float | None], baseline: Sequence[float | None]) -> f
 
 
 def evidence(values: NDArray[np.float64]) -> float:
-    """Return the logarithm of E, of differences against a mean of 0."""
+    """Return the logarithm of E for these differences, against a mean of 0."""
     n = len(values)
     if n < 2:
         return 0.0
@@ -73,12 +74,13 @@ def at_any_time(losses: Sequence[float | None], baseline: Sequence[float | None]
     """Compare losses with those of a baseline on the same seeds, valid at any number of seeds.
 
     Args:
-        losses: One for each seed, in the order in which seeds were run; ``None`` for a run that
+        losses: A loss for each seed, in the order in which seeds were run; ``None`` for a run that
             diverged.
         baseline: The baseline's losses in the same order.
 
     Returns:
-        The change, with its always-valid interval and p-value. With fewer than two pairs it is NaN.
+        The change, with its always-valid interval and p-value. They are NaN with fewer than two
+        pairs.
     """
     values = np.array(changes(losses, baseline))
     n, diverged = len(values), len(losses) - len(values)

@@ -1,4 +1,4 @@
-"""Comparing arms over paired seeds."""
+"""Statistics that compare arms over paired seeds."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ MOST_SEEDS = 100_000
 
 @dataclass(frozen=True)
 class Change:
-    """The change of an arm's loss against another arm's, in per cent; below 0 it is less.
+    """The change of an arm's loss against another arm's, in per cent. Below 0, the loss is less.
 
     Attributes:
-        mean: Over seeds.
+        mean: The mean over seeds.
         low: Lower end of the 95 % confidence interval of the mean.
-        high: Its upper end.
+        high: Upper end of that interval.
         spread: Standard deviation over seeds.
-        p: Two-sided p-value of no change.
-        seeds: How many pairs there are.
-        diverged: How many more there would be if neither run of the pair had diverged.
+        p: Two-sided p-value of "there is no change".
+        seeds: The number of pairs.
+        diverged: The number of pairs that are left out, since a run of them diverged.
     """
 
     mean: float
@@ -37,7 +37,7 @@ class Change:
 
 
 def changes(losses: Sequence[float | None], baseline: Sequence[float | None]) -> list[float]:
-    """Return the change of each pair in per cent, without the pairs of which one diverged."""
+    """Return the change of each pair in per cent, without the pairs in which a run diverged."""
     pairs = zip(losses, baseline, strict=True)
     return [100 * (a / b - 1) for a, b in pairs if a is not None and b is not None]
 
@@ -48,11 +48,11 @@ def compared(losses: Sequence[float | None], baseline: Sequence[float | None]) -
     The interval is valid for a number of seeds that was fixed beforehand.
 
     Args:
-        losses: One for each seed, ``None`` for a run that diverged.
+        losses: A loss for each seed; ``None`` for a run that diverged.
         baseline: The baseline's losses in the same order of seeds.
 
     Returns:
-        The change. With fewer than two pairs it is NaN.
+        The change. Its numbers are NaN with fewer than two pairs.
     """
     from scipy import stats
 
@@ -60,7 +60,7 @@ def compared(losses: Sequence[float | None], baseline: Sequence[float | None]) -
     diverged = len(losses) - len(values)
     if len(values) < 2:
         return Change(*(math.nan,) * 5, seeds=len(values), diverged=diverged)
-    if not values.any():  # equal runs, for which t is not defined
+    if not values.any():  # the runs are equal, and t is not defined
         return Change(0.0, 0.0, 0.0, 0.0, 1.0, len(values), diverged)
     test = stats.ttest_1samp(values, 0.0)
     low, high = test.confidence_interval(0.95)
@@ -86,15 +86,15 @@ def adjusted(p_values: Sequence[float]) -> list[float]:
 
 
 def seeds_missing(change: Change, margin: float) -> int:
-    """Return about how many more seeds make the interval reach no further than a margin.
+    """Return about how many more seeds would make half the interval at most as wide as a margin.
 
     Args:
-        change: What has been seen.
-        margin: Half the width of the interval that is asked for, in per cent.
+        change: The change on the seeds so far.
+        margin: Half the width of the wanted interval, in per cent.
     """
     from scipy import stats
 
-    if not change.spread > 0:  # nothing is known of the spread yet
+    if not change.spread > 0:  # the spread is not known yet
         return 0
     low, high = change.seeds, MOST_SEEDS
     while low < high:

@@ -16,14 +16,14 @@ __all__ = ["Store"]
 class Store:
     """The results of trials: in memory, and in a folder if there is one.
 
-    ``trials.jsonl`` has one result a line, ``settings.json`` what the comparison was.
+    ``trials.jsonl`` has one result per line. ``settings.json`` has the settings of the comparison.
 
     Args:
-        folder: The folder, which is made when it is missing; ``None`` keeps results in memory only.
-        settings: All that results depend on, as JSON holds it.
+        folder: The folder, which is made if it is missing; ``None`` keeps results in memory only.
+        settings: All settings on which results depend, as values that JSON can hold.
 
     Raises:
-        ValueError: The folder has results of other settings, or a line that is no result.
+        ValueError: The folder has results of other settings, or a line that is not a result.
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
@@ -42,11 +42,11 @@ class Store:
                     ) from error
 
     def get(self, trial: Trial) -> dict[str, Any] | None:
-        """Return the result of a trial, ``None`` if it has not been run."""
+        """Return the result of a trial; ``None`` if it has not been run."""
         return self._results.get(trial)
 
     def keep(self, trial: Trial, result: dict[str, Any]) -> None:
-        """Keep a result, on disk when this returns."""
+        """Keep a result. With a folder, it is on disk when this returns."""
         if self._path is not None:
             append_line(self._path, {"trial": trial.record(), "result": result})
         self._results[trial] = result
@@ -56,7 +56,7 @@ class Store:
         return iter(self._results.items())
 
     def forget_errors(self) -> None:
-        """Have the trials that raised an error run again. The file keeps their lines."""
+        """Forget the trials that raised an error, so that they run again. The file keeps their lines."""
         self._results = {t: r for t, r in self._results.items() if "error" not in r}
 
 
@@ -79,7 +79,7 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _differences(known: Any, new: Any, name: str = "") -> Iterator[str]:
-    """Say by which entries two settings differ."""
+    """Say in which entries two settings differ."""
     if isinstance(known, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*known, *new]):
             where = f"{name}[{key!r}]" if name else key

@@ -1,4 +1,4 @@
-"""One trial: the user's function, called once."""
+"""A trial, which is one call of the user's function."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["Task", "Trial"]
 
 @dataclass(frozen=True)
 class Trial:
-    """What decides the outcome of a call of the user's function.
+    """One call of the user's function, described by all that decides its outcome.
 
     Attributes:
         arm: The name of the arm.
         seed: The seed.
-        value: The value of the tuned argument, ``None`` if none is tuned.
-        steps: The number of steps that the function is asked for, ``None`` if it is not.
-        again: Which repetition of the same call this is: 0 for the first.
+        value: The value of the tuned argument; ``None`` if none is tuned.
+        steps: The number of steps that the function is asked to take; ``None`` if it is not told.
+        again: The number of the repetition: 0 for the first call, 1 for the next.
     """
 
     arm: str
@@ -40,18 +40,18 @@ class Trial:
     again: int = 0
 
     def record(self) -> dict[str, Any]:
-        """Return what :class:`Trial` makes an equal one of."""
+        """Return the keyword arguments from which :class:`Trial` makes an equal trial."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What all trials of a comparison share.
+    """The function and the settings that all trials of a comparison share.
 
     Attributes:
         train: The user's function.
         arms: The arms by name.
-        tuned: The name of the tuned argument, if there is one.
+        tuned: The name of the tuned argument; ``None`` if there is none.
         metric: The name of the number that is compared; by default the first one returned.
         steps: Whether the function is told the number of steps.
     """
@@ -63,10 +63,10 @@ class Task:
     steps: bool = False
 
     def check(self) -> None:
-        """Check that the function takes what it will be given.
+        """Check that the function takes the arguments that it will be given.
 
         Raises:
-            TypeError: It does not, as far as its signature tells.
+            TypeError: Its signature does not take them.
         """
         for name, arm in self.arms.items():
             arguments: dict[str, Any] = {"seed": 0, "wrap": None}
@@ -81,19 +81,20 @@ class Task:
                 raise TypeError(
                     f"train() is called with the arguments {given} in the arm {name!r}: {error}"
                 ) from None
-            except ValueError:  # a builtin, whose signature is not known
+            except ValueError:  # it is a builtin with no known signature
                 return
 
     def run(self, trial: Trial) -> dict[str, Any]:
         """Call the user's function.
 
         Args:
-            trial: With what.
+            trial: The trial, which says with which arguments.
 
         Returns:
-            ``metrics``, each a number or ``None`` if it is not finite; ``seconds``; and, if the
-            optimizer tells, ``steps`` and ``step_ms``. ``held`` is how many weights were held
-            still. A function that raises gives ``error`` and ``traceback`` in place of ``metrics``.
+            A dict. ``metrics`` are numbers, or ``None`` where one is not finite. If the function
+            raises an exception, ``error`` and ``traceback`` replace them. ``seconds`` is the time.
+            ``steps`` and ``step_ms`` are there if the optimizer tells its steps. ``held``, for an
+            arm that holds weights, is how many stayed fixed.
         """
         arm = self.arms[trial.arm]
         wrap = Wrap(arm)
@@ -141,7 +142,7 @@ class Task:
 
 
 def _number(name: Any, value: Any) -> float | None:
-    """Return a finite number, or ``None`` for one that is not finite."""
+    """Return a finite number as a float, and ``None`` for one that is not finite."""
     if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -150,7 +151,7 @@ def _number(name: Any, value: Any) -> float | None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's random numbers, also in a function that forgets it."""
+    """Seed Python's, NumPy's and PyTorch's random numbers, in case the user's function does not."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What the user's function calls to put an arm's scales on its optimizer."""
+"""The object that the user's function calls to put an arm's scales on its optimizer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ __all__ = ["Held", "Wrap"]
 class Wrap:
     """Puts an arm's scales on an optimizer: ``optimizer = wrap(optimizer, model)``.
 
-    In plain training the optimizer comes back as it is. Wrap the optimizer that has the parameters
-    of the attention layers, once, before any hook or scheduler is put on it.
+    In plain training it returns the optimizer as it is. Wrap the optimizer that has the parameters
+    of the attention layers. Wrap it once, and before you put any hook or scheduler on it.
 
     Args:
         arm: The arm.
@@ -55,18 +55,18 @@ class Wrap:
 
     @property
     def steps(self) -> int:
-        """How many steps the optimizer has taken."""
+        """The number of steps that the optimizer has taken."""
         return len(self._times)
 
     @property
     def step_ms(self) -> float | None:
-        """The median time from one step to the next, ``None`` with fewer than two steps."""
+        """The median time from one step to the next in ms; ``None`` with fewer than two steps."""
         between = [1e3 * (b - a) for a, b in zip(self._times, self._times[1:], strict=False)]
         return round(statistics.median(between), 3) if between else None
 
     @property
     def held(self) -> int:
-        """How many weights were held still in every step."""
+        """The number of weights that stayed fixed in every step."""
         return sum(held.count() for held in self._held)
 
     def close(self) -> None:
@@ -76,11 +76,11 @@ class Wrap:
 
 
 class Held:
-    """Holds still what gets a gradient by way of Q and K alone, when that gradient is scaled by 0.
+    """Keeps the weights fixed that get a gradient only through Q and K, which is scaled by 0.
 
-    With factors of 0 those weights have a gradient of exactly 0 in every step. Weight decay would
-    move them all the same. So after each step, every weight whose gradient has been 0 in all steps
-    so far is put back to where it was before the step. It takes a copy of the parameters.
+    With factors of 0, those weights have a gradient of exactly 0 in every step, but weight decay
+    would still move them. So after each step, every weight whose gradient has been 0 in all steps
+    so far is set back to its value before the step. This takes a copy of the parameters.
 
     Args:
         optimizer: The wrapped optimizer, with factors of 0.

@@ -39,7 +39,8 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
         on_missing: What to do if a layer that was asked for was not scaled since the last
             optimizer step: ``"error"`` (before anything is updated), ``"warn"`` or ``"ignore"``.
         qk_modules: The modules that return Q and K in layers whose attention can't be seen, by
-            layer name or pattern: ``{"blocks.0.attn": {"query": "wq", "key": "wk", "num_heads": 8}}``.
+            layer name or pattern: ``{"blocks.0.attn": {"query": "wq", "key": "wk",
+            "num_heads": 8}}``.
         example_inputs: Inputs for one forward pass that checks the layers when training begins: a
             tuple of positional arguments, a dict of keyword arguments, or one argument.
         parameters: The parameters that will be trained. If they are given, it is an error that a
