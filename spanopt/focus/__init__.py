@@ -1,7 +1,7 @@
-"""Semantic focus changes the forward pass: attention to chosen keys only, in a model as it is.
+"""Semantic focus: attention to chosen keys only, which changes the forward pass of a model.
 
-Nothing else in this library changes what a model computes. This module is never part of the
-optimizer wrapper, and is on only inside ``with focus(model, ...)`` or until ``remove()``.
+Nothing else in this library changes what a model computes. The optimizer wrapper never uses focus.
+It is on only inside ``with focus(model, ...)``, or until ``remove()``.
 """
 
 from spanopt.focus.attention import focused_attention

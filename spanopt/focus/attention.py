@@ -1,4 +1,4 @@
-"""Attention to chosen keys as a function that autograd and compiled code know."""
+"""Attention to chosen keys, as an operator that autograd and ``torch.compile`` support."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spanopt.focus.spec import Keeping
 __all__ = ["CHUNK", "focused_attention"]
 
 CHUNK = 64
-"""Queries whose scores are computed at once."""
+"""The number of queries whose scores are computed at once."""
 
 
 def focused_attention(
@@ -32,22 +32,23 @@ def focused_attention(
     *,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """Compute attention to chosen keys; all arguments but two are those of PyTorch's attention.
+    """Compute attention to chosen keys, with PyTorch's arguments and ``keeping`` and ``chunk``.
 
-    Scores and weights are computed in float32 at least. Besides its inputs and output, the
-    function keeps for the backward pass which keys were chosen, and computes their weights again.
+    Scores and weights are computed in float32 at least. For the backward pass, the function keeps
+    its inputs, and the positions and weights of the chosen keys. The backward pass computes
+    weights again where they were not kept.
 
     Args:
         query: Shape ``(..., H, N, d)``.
         key: Shape ``(..., H', M, d)``.
         value: Shape ``(..., H', M, d')``.
-        keeping: Which keys are kept. At least one must not be.
-        attn_mask: See ``torch.nn.functional.scaled_dot_product_attention``, as for what follows.
+        keeping: Which keys are kept. There must be at least one key that it does not keep.
+        attn_mask: See ``torch.nn.functional.scaled_dot_product_attention``, also for the next four.
         dropout_p: Probability that a weight is dropped.
         is_causal: Whether a query sees no later key.
         scale: Factor of the scores; ``None`` for 1 / sqrt(d).
         enable_gqa: Whether several query heads share a key head.
-        chunk: Queries whose scores are computed at once.
+        chunk: The number of queries whose scores are computed at once.
 
     Returns:
         Shape ``(..., H, N, d')``.
@@ -71,7 +72,7 @@ def focused_attention(
         attn_mask = attn_mask[(None,) * (len(leading) + 2 - attn_mask.ndim)]
     multipliers = None
     if dropout_p > 0:
-        # Of the chosen keys alone, so that memory stays linear in N; "gradient" keeps all.
+        # Only for the chosen keys, so that memory stays linear in N. "gradient" keeps all keys.
         width = m if keeping.kind == "gradient" else width_of(keeping, m)
         ones = torch.ones(rows, n, width, dtype=computed_in(q), device=q.device)
         multipliers = torch.nn.functional.dropout(ones, dropout_p)
@@ -138,7 +139,7 @@ def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     of_mask = torch.empty_like(mask) if mask is not None and rest[-1] else q.new_empty(0)
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), of_mask)  # contiguous, as they come
+    return (*(x.new_empty(x.shape) for x in (q, k, v)), of_mask)  # contiguous, as the real results are
 
 
 class _FocusedAttention(torch.autograd.Function):

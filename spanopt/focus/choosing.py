@@ -1,4 +1,4 @@
-"""Which keys each query keeps: scores in, positions of keys out."""
+"""The choice of the keys that each query keeps, as functions from scores to positions of keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
     "width_of",
 ]
 
-# A score of this or less is closed by a mask, as in spanopt.taps.masks.
+# A score of this or less means that a mask closes the key, the same as in spanopt.taps.masks.
 FORBIDDEN = -9e3
 _GROUP = 8
 
@@ -38,7 +38,7 @@ def width_of(keeping: Keeping, keys: int) -> int:
 
 
 def stride_of(keeping: Keeping, keys: int) -> int:
-    """Return how far apart the keys of a strided pattern are."""
+    """Return the distance between the kept keys of a strided pattern."""
     return -(-keys // keeping.k)
 
 
@@ -46,16 +46,16 @@ def chosen(scores: Tensor, keeping: Keeping, first: int, queries: int, keys: int
     """Return the positions of the keys that some queries keep.
 
     Args:
-        scores: Shape ``(..., n, M')``, in the dtype that keys are chosen by, with the masks in
-            them. Keys from M' on are closed to all n queries.
-        keeping: What is kept, see :meth:`~spanopt.focus.spec.Keeping.fitting`.
+        scores: Scores with their masks, shape ``(..., n, M')``, in the dtype in which keys are
+            chosen. Keys from M' on are closed to all n queries.
+        keeping: Which keys are kept, see :meth:`~spanopt.focus.spec.Keeping.fitting`.
         first: Number of the first of the n queries.
         queries: Number N of all queries.
         keys: Number M of all keys.
 
     Returns:
-        Integers, shape ``(..., n, width_of(keeping, keys))``: those of a query differ. M or more
-        stands for no key.
+        Integers, shape ``(..., n, width_of(keeping, keys))``. The keys of a query are all
+        different. A number of M or more stands for no key.
 
     Example:
         >>> scores = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
@@ -78,7 +78,7 @@ def chosen(scores: Tensor, keeping: Keeping, first: int, queries: int, keys: int
         preference = scores
         if keeping.kind == "window":
             to = torch.arange(width, device=device)
-            # Half a step further for earlier keys: then no two keys are equally near.
+            # Earlier keys count as half a step further away, so that no two are equally near.
             nearness = (at - to).abs() * -2 - (to < at).long()
             closed = scores.new_full((), -math.inf)
             preference = torch.where(scores > FORBIDDEN, nearness.to(scores.dtype), closed)
@@ -99,8 +99,8 @@ def chosen(scores: Tensor, keeping: Keeping, first: int, queries: int, keys: int
 def _largest(x: Tensor, k: int) -> Tensor:
     """Return the positions of the k largest entries of each row, exactly k of them.
 
-    They are in those k groups of entries whose largest ones are largest. On a CPU it takes less
-    time to find these first, but for few entries.
+    They lie in the k groups of entries that have the largest maxima. On a CPU it is faster to find
+    these groups first, unless there are few entries.
     """
     width = x.shape[-1]
     if x.device.type != "cpu" or width % _GROUP or width < max(2 * _GROUP * k, 512):
@@ -126,8 +126,8 @@ def kept_scores(scores: Tensor, positions: Tensor, may_be_none: bool) -> tuple[T
         may_be_none: From the function of this name.
 
     Returns:
-        The scores; a query that keeps no open key keeps all. And the best score that a query keeps
-        of those that were chosen, shape ``(..., n, 1)``.
+        The scores, and the largest score of each query's chosen keys, shape ``(..., n, 1)``. A
+        query whose chosen keys are all closed keeps all keys.
     """
     own = own_scores(scores, positions, may_be_none)
     kept = spread(own, positions, scores.shape[-1], may_be_none, -math.inf)
@@ -136,7 +136,7 @@ def kept_scores(scores: Tensor, positions: Tensor, may_be_none: bool) -> tuple[T
 
 
 def own_scores(scores: Tensor, positions: Tensor, may_be_none: bool) -> Tensor:
-    """Return the scores of chosen keys, -inf where a position stands for none.
+    """Return the scores of chosen keys, and -inf where a position stands for no key.
 
     Args:
         scores: Shape ``(..., n, M)``.
@@ -153,14 +153,14 @@ def own_scores(scores: Tensor, positions: Tensor, may_be_none: bool) -> Tensor:
 def spread(
     values: Tensor, positions: Tensor, width: int, may_be_none: bool, fill: float = 0.0
 ) -> Tensor:
-    """Return values of chosen keys as ``(..., n, width)``, and ``fill`` at other keys.
+    """Return a tensor ``(..., n, width)`` with the values of chosen keys, and ``fill`` elsewhere.
 
     Args:
-        values: Shape of ``positions``.
+        values: A value for each chosen key, with the shape of ``positions``.
         positions: From :func:`chosen`.
         width: Number of keys.
         may_be_none: From the function of this name.
-        fill: The value of the others.
+        fill: The value of the other keys.
 
     Example:
         >>> spread(torch.tensor([[5.0, 6.0]]), torch.tensor([[2, 3]]), 3, True, 1.0)

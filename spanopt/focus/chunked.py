@@ -1,4 +1,4 @@
-"""Attention to chosen keys, computed in chunks of queries, forward and backward."""
+"""The forward and the backward pass of attention to chosen keys, in chunks of queries."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def computed_in(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-# Of so many keys, one is chosen at most where single values are fetched (measured on a CPU).
+# Values are fetched one by one if at most one in so many keys is chosen (measured on a CPU).
 _SPARSE = 32
 
 
 class Settings(NamedTuple):
-    """What holds for all chunks of a call."""
+    """The settings of a call, which are the same for all of its chunks."""
 
     keeping: Keeping
     leading: list[int]
@@ -44,9 +44,9 @@ class Settings(NamedTuple):
     keys: int
 
     def chunks(self) -> Iterator[tuple[int, int, int]]:
-        """Yield the first query of each chunk, the one after its last, and a number of keys.
+        """Yield for each chunk its first query, the query after its last, and a number of keys.
 
-        Later keys are closed to all queries of the chunk.
+        Keys from that number on are closed to all queries of the chunk.
         """
         kind, k, always = self.keeping.kind, self.keeping.k, self.keeping.always
         for first in range(0, self.queries, self.chunk):
@@ -59,7 +59,7 @@ class Settings(NamedTuple):
     def scores(
         self, q: Tensor, k: Tensor, mask: Tensor | None, first: int, last: int, seen: int
     ) -> Tensor:
-        """Return the scores of a chunk, shape (rows, n, seen), with masks in them."""
+        """Return the scores of a chunk with their masks, shape (rows, n, seen)."""
         scores = torch.bmm(q[:, first:last] * self.scale, k[:, :seen].mT)
         if self.is_causal:
             row = torch.arange(first, last, device=q.device)[:, None]
@@ -74,35 +74,35 @@ class Settings(NamedTuple):
         return scores
 
     def part(self, mask: Tensor, first: int, last: int, seen: int) -> Tensor:
-        """Return what of a mask is for a chunk."""
+        """Return the part of a mask that is for a chunk."""
         mask = mask if mask.shape[-2] == 1 else mask[..., first:last, :]
         return mask if mask.shape[-1] == 1 else mask[..., :seen]
 
     def is_simple(self, own: Tensor) -> bool:
-        """Return whether the weights of a chunk are known by those of the chosen keys.
+        """Return whether the chosen keys of a chunk have all of its weights.
 
-        They are not where a query keeps all keys. On an accelerator that is not asked, since the
-        answer would have to be waited for.
+        They have not if a query keeps all keys. On an accelerator the result is always false,
+        since looking would wait for the device.
         """
         if self.keeping.kind == "gradient" or own.device.type != "cpu":
             return False
         return not bool((own.amax(-1) <= FORBIDDEN).any())
 
     def has_weights(self, weights: Tensor) -> bool:
-        """Return whether :meth:`is_simple` was true of a chunk, by its saved weights."""
+        """Return whether :meth:`is_simple` was true for a chunk, from its saved weights."""
         return weights.device.type == "cpu" and not bool((weights[..., 0] < 0).any())
 
     def is_sparse(self) -> bool:
-        """Return whether so few keys are chosen that their values are fetched one by one."""
+        """Return whether so few keys are chosen that it pays to fetch their values one by one."""
         return _SPARSE * width_of(self.keeping, self.keys) <= self.keys
 
     def places(self, positions: Tensor, seen: int) -> Tensor:
-        """Return where the chosen keys are among those of all rows; any key stands for none."""
+        """Return the chosen keys' indices in the keys of all rows. A non-key gets any index."""
         rows = torch.arange(len(positions), device=positions.device)[:, None, None]
         return positions.clamp(max=seen - 1) + rows * self.keys
 
     def multipliers(self, part: Tensor, positions: Tensor, seen: int) -> Tensor:
-        """Return what dropout multiplies the weights of a chunk with, shape (rows, n, seen)."""
+        """Return the multipliers of dropout for a chunk's weights, shape (rows, n, seen)."""
         if self.keeping.kind == "gradient":
             return part[..., :seen]
         return spread(part, positions, seen, may_be_none(self.keeping), 1.0)
@@ -111,7 +111,7 @@ class Settings(NamedTuple):
         """Return the attention weights of a chunk."""
         kept, best = kept_scores(scores, positions, may_be_none(self.keeping))
         weights = (scores if self.keeping.kind == "gradient" else kept).softmax(-1)
-        # As in PyTorch's attention, a query to which all keys are closed gets zeros.
+        # A query to which all keys are closed gets zeros. PyTorch's attention does the same.
         return weights.masked_fill_((best == -math.inf) & weights[..., :1].isnan(), 0)
 
 
@@ -131,7 +131,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output, the positions of the chosen keys, and their weights.
 
-    The weights of a chunk are negative where backward has to compute them again.
+    The weights of a chunk are negative if the backward pass has to compute them again.
     """
     keeping = Keeping(kind, of_each, tuple(always))
     n, m = q.shape[1], k.shape[1]
@@ -184,7 +184,7 @@ def backward(
     chunk: int,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key, value and, if asked for, the mask."""
+    """Return the gradients of query, key and value, and of the mask if ``with_mask``."""
     keeping = Keeping(kind, of_each, tuple(always))
     n, m = q.shape[1], k.shape[1]
     settings = Settings(keeping, [*leading], is_causal, scale, chunk, n, m)
@@ -241,7 +241,7 @@ def backward(
 
 
 def _weighted(weights: Tensor, x: Tensor, places: Tensor) -> Tensor:
-    """Return weighted sums of rows of x (rows, M, d): shape (rows, n, d)."""
+    """Return weighted sums, shape (rows, n, d), of the keys' rows in x, shape (rows, M, d)."""
     bags = torch.nn.functional.embedding_bag(
         places.flatten(0, 1),
         x.view(-1, x.shape[-1]),
@@ -252,6 +252,6 @@ def _weighted(weights: Tensor, x: Tensor, places: Tensor) -> Tensor:
 
 
 def _add_outer(x: Tensor, weights: Tensor, by: Tensor, places: Tensor) -> None:
-    """Add what a query has for each key, its weight times the query's row, to rows of x."""
+    """Add to the row of each chosen key in x the query's row of ``by`` times the key's weight."""
     outer = weights[..., None] * by[:, :, None]
     x.view(-1, x.shape[-1]).index_add_(0, places.flatten(), outer.flatten(0, 2))

@@ -1,4 +1,4 @@
-"""Focus on one layer: what its tap asks when the layer computes attention."""
+"""Focus on one layer: the object that its tap asks when the layer computes attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["LayerFocus", "UnfocusedLayerError"]
 
 
 class UnfocusedLayerError(RuntimeError):
-    """A layer that focus was asked for has attention whose scores are not seen."""
+    """Focus was asked for on a layer, but the scores of its attention are not seen."""
 
 
 class LayerFocus:
@@ -26,8 +26,8 @@ class LayerFocus:
 
     Attributes:
         focus: What the user asks for.
-        keeping: What is kept at this step; ``None`` where all keys are.
-        reached: Set when the layer's attention was seen, since its forward pass began.
+        keeping: Which keys are kept at this step; ``None`` if all are kept.
+        reached: Whether the layer's attention was seen since its forward pass began.
     """
 
     def __init__(self, focus: Focus) -> None:
@@ -36,17 +36,17 @@ class LayerFocus:
         self.reached: bool = False
 
     def acts(self, tap: Tap, args: Any, kwargs: Any) -> bool:
-        """Return whether focus changes a call of the layer, as far as its arguments tell.
+        """Return whether focus changes a call of the layer, as far as its arguments show.
 
         Args:
-            tap: The layer's.
-            args: What the layer is called with.
-            kwargs: The same by name.
+            tap: The layer's tap.
+            args: The positional arguments of the call.
+            kwargs: The arguments of the call by name.
         """
         keeping = self._now(tap)
         module = tap.site.module
         if keeping is not None and isinstance(module, nn.MultiheadAttention):
-            # Watched, it would not take PyTorch's fast path, which rounds otherwise.
+            # A watched layer can't take PyTorch's fast path, which rounds differently.
             key = kwargs.get("key", args[min(1, len(args) - 1)] if args else None)
             if isinstance(key, Tensor) and key.ndim in (2, 3):
                 keys = key.shape[1 if module.batch_first and key.ndim == 3 else 0]
@@ -58,7 +58,7 @@ class LayerFocus:
         """Note that a layer's attention is seen.
 
         Raises:
-            UnfocusedLayerError: The layer checkpoints it within itself.
+            UnfocusedLayerError: The layer runs it under activation checkpointing within itself.
         """
         self.reached = True
         if tap.place().repeated:
@@ -69,7 +69,7 @@ class LayerFocus:
             )
 
     def signature(self, tap: Tap) -> tuple[Any, ...]:
-        """Return all that compiled code depends on, as numbers and text."""
+        """Return numbers and text on which compiled code depends."""
         keeping = self._now(tap)
         return () if keeping is None else (keeping.kind, keeping.k, *keeping.always)
 
@@ -79,15 +79,15 @@ class LayerFocus:
         """Return the result of a call of ``scaled_dot_product_attention``.
 
         Args:
-            tap: The layer's.
-            func: The function.
+            tap: The layer's tap.
+            func: The attention function.
             query: Shape ``(..., H, N, d)``.
             key: Shape ``(..., H', M, d)``.
             *args: Further arguments of the call.
             **kwargs: Arguments of the call by name.
 
         Raises:
-            TypeError: A nested tensor, a DTensor, or a part of a sequence.
+            TypeError: A nested tensor, a DTensor, or only a part of a sequence.
         """
         self.reach(tap)
         keeping = self._now(tap)
@@ -114,17 +114,18 @@ class LayerFocus:
         query_axes: tuple[int, ...],
         has_others: bool = False,
     ) -> Tensor:
-        """Return scores for their softmax, -inf at keys that are not kept.
+        """Return the scores for the softmax, with -inf at keys that are not kept.
 
         Args:
-            tap: The layer's.
-            x: The scores, with masks in them.
+            tap: The layer's tap.
+            x: The scores with their masks.
             key_axis: The dimension of keys, counted from the end.
             query_axes: The dimensions of queries, counted from the end.
-            has_others: Whether other keys, such as a sink, stand beside those of K.
+            has_others: Whether there are keys, such as a sink, that are not in K.
 
         Raises:
-            TypeError: A DTensor, or a part of a sequence.
+            TypeError: A DTensor, or only a part of a sequence.
+            UnfocusedLayerError: The kind of focus goes by positions that the scores don't have.
         """
         self.reach(tap)
         keeping = self._now(tap)
@@ -157,8 +158,8 @@ class LayerFocus:
         """Return the error about a layer whose scores are not seen.
 
         Args:
-            tap: The layer's.
-            reason: What it did, in words that go on from its name.
+            tap: The layer's tap.
+            reason: What the layer did, as the end of a sentence that begins with "it".
         """
         site = tap.site
         return UnfocusedLayerError(
@@ -174,10 +175,10 @@ class LayerFocus:
 
 
 def _check_positions(tap: Tap, keeping: Keeping, has_others: bool = False) -> None:
-    """Refuse a pattern of positions where other keys stand beside those of the sequence.
+    """Refuse a pattern of positions if some keys are not those of the sequence's tokens.
 
     Raises:
-        UnfocusedLayerError: That is so.
+        UnfocusedLayerError: The pattern is refused.
     """
     module = tap.site.module
     if isinstance(module, nn.MultiheadAttention):
@@ -207,7 +208,7 @@ def _refuse(site: AttentionSite, *tensors: Any) -> None:
 
 
 class _InPlaceOf(torch.autograd.Function):
-    """A tensor with the values of another, bit for bit."""
+    """The identity on gradients, which returns the exact values of another tensor."""
 
     @staticmethod
     def forward(x: Tensor, values: Tensor) -> Tensor:
@@ -223,7 +224,7 @@ class _InPlaceOf(torch.autograd.Function):
 
 
 class _GradientOf(torch.autograd.Function):
-    """Scores as they are, whose gradient is zero where they are dropped."""
+    """The identity on scores, whose gradient is zero at the scores that are dropped."""
 
     @staticmethod
     def forward(x: Tensor, dropped: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Focus on a model's attention layers: putting it on and taking it off."""
+"""The hooks that put focus on a model's attention layers and take it off."""
 
 from __future__ import annotations
 
@@ -32,24 +32,25 @@ def focus(
     *,
     optimizer: Any = None,
 ) -> FocusHooks:
-    """Let the queries of attention layers attend to chosen keys only: the forward pass changes.
+    """Let the queries of attention layers attend to chosen keys only, in a changed forward pass.
 
-    It goes together with span scaling of the same layers, in either order. Spans are then those
-    of all real tokens, as without focus.
+    The same layers can also be span-scaled, before or after. Spans are still those of all real
+    tokens.
 
     Args:
         model: Any module with attention layers that :func:`~spanopt.find_attention` finds.
-        layers: What each layer keeps, by layer name or pattern as for scales, or one
-            :class:`Focus` for all. ``None`` leaves a layer as it is.
-        optimizer: If ``k`` is a schedule, the optimizer whose steps it counts. By default nobody
-            counts, and :meth:`FocusHooks.step` must be called after each optimizer step.
+        layers: A dict of :class:`Focus` by layer name or pattern, as for scales, or one
+            :class:`Focus` for all layers. ``None`` leaves a layer as it is.
+        optimizer: The optimizer whose steps are counted, if ``k`` is a schedule. By default no
+            steps are counted, and you must call :meth:`FocusHooks.step` after each optimizer step.
 
     Returns:
-        The hooks. They stay on the model until :meth:`FocusHooks.remove`, or the end of a ``with``.
+        The hooks. They stay until :meth:`FocusHooks.remove`, or to the end of a ``with`` block.
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: No attention layer, a key that matches none, or a layer that has focus already.
+        ValueError: No attention layer, a key that matches no layer, or a layer that has focus
+            already.
 
     Example:
         >>> import torch
@@ -85,12 +86,12 @@ def focus(
 
 
 class FocusHooks:
-    """Focus on the layers of one model; what :func:`focus` returns.
+    """The focus on the layers of one model, as :func:`focus` returns it.
 
-    A context manager: on leaving, the model is as it was before.
+    It is a context manager. When its block ends, the model is as it was before.
 
     Attributes:
-        layers: What each layer keeps, by name.
+        layers: The focus of each layer, by name.
         steps: The number of optimizer steps taken, for schedules.
 
     Example:
@@ -117,7 +118,7 @@ class FocusHooks:
             layer = LayerFocus(self.layers[site.name])
             self._of_module[site.module] = focusing_of[site.module] = layer
         for site in sites:
-            # A layer that is left alone inside one that is not is shielded by a tap of its own.
+            # A layer that is left alone inside one with focus is shielded by its own tap.
             if site.module in inside and site.module not in focusing_of:
                 self._of_module[site.module] = focusing_of[site.module] = LayerFocus(Focus(None))
         for tap in live_taps:
@@ -144,10 +145,10 @@ class FocusHooks:
         hold(tap)
 
     def step(self) -> None:
-        """Count an optimizer step: schedules of ``k`` go on, from the next forward pass on.
+        """Count an optimizer step. Schedules of ``k`` move on for the next forward pass.
 
         Raises:
-            TypeError: A schedule returned no number.
+            TypeError: A schedule returned something that is not a number.
             ValueError: A schedule returned a number that rounds to less than 1.
 
         Example:
@@ -165,7 +166,7 @@ class FocusHooks:
             layer.keeping = layer.focus.at(self.steps)
 
     def keys(self, name: str) -> int | None:
-        """Return how many keys a layer's queries keep now, ``None`` for all.
+        """Return how many keys a layer's queries keep now; ``None`` means all.
 
         Args:
             name: Name of the layer.
@@ -177,7 +178,7 @@ class FocusHooks:
         return None if keeping is None else keeping.k
 
     def remove(self) -> None:
-        """Take everything off the model. Doing it twice is harmless.
+        """Take everything off the model. Calling it twice is harmless.
 
         Example:
             >>> from torch import nn
@@ -220,7 +221,7 @@ class FocusHooks:
 
 @constant_when_traced
 def _stands_aside(unique_name: str) -> bool:
-    """Return whether a tap leaves its layer to one that scales it, or shields it."""
+    """Return whether a tap stays idle since another tap scales or shields its layer."""
     own = taps_by_name.get(unique_name)
     return own is None or any(
         tap is not own and tap.site.module is own.site.module and not tap.removed
@@ -229,7 +230,7 @@ def _stands_aside(unique_name: str) -> bool:
 
 
 class _Enter(Enter):
-    """Enters a tap of focus, unless another tap of the layer does its work."""
+    """A forward pre-hook that enters a tap of focus, unless the layer's other tap does the work."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not _stands_aside(self.tap.unique_name):
@@ -237,7 +238,7 @@ class _Enter(Enter):
 
 
 class _Leave(Leave):
-    """Leaves it."""
+    """A forward hook that leaves the tap which :class:`_Enter` entered."""
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
         if not _stands_aside(self.tap.unique_name):
@@ -245,7 +246,7 @@ class _Leave(Leave):
 
 
 class _Begin(Hook):
-    """A layer's forward pre-hook: its attention is not seen yet."""
+    """A forward pre-hook, which notes that the layer's attention is not seen yet."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if any(isinstance(x, Tensor) and x.is_nested for x in (*args, *kwargs.values())):
@@ -259,7 +260,7 @@ class _Begin(Hook):
 
 
 class _Check(Hook):
-    """A layer's forward hook: complain where no attention was seen."""
+    """A forward hook, which raises an error if the layer's attention was not seen."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         tap, focus = self.tap, self.tap.focus

@@ -1,4 +1,4 @@
-"""Which keys a layer's queries keep, as the user says it."""
+"""How the user says which keys a layer's queries keep."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Keeping:
     always: tuple[int, ...] = ()
 
     def fitting(self, keys: int) -> Keeping | None:
-        """Return the same for a number of keys, ``None`` where all of them are kept.
+        """Return what this means for a number of keys; ``None`` if all of them are kept.
 
         Args:
-            keys: The number of keys, with those that are masked.
+            keys: The number of keys, including those that are masked.
 
         Example:
             >>> Keeping("top", 8, (0, 9)).fitting(9)  # 8 and the first one are all
@@ -50,24 +50,25 @@ class Keeping:
 class Focus:
     """Which keys a layer's queries attend to.
 
-    A query never gets a key that the layer's own masks close. A query whose masks close all keys
-    attends as it would without focus. So does one whose window, block or stride has no open key.
+    A query never gets a key that the layer's own masks close. A query attends as it would without
+    focus if masks close all keys, or all keys of its window, block or stride.
 
     Args:
-        k: How many keys a query keeps: a whole number of at least 1, or ``None`` for all, which
-            changes nothing. A function of the number of optimizer steps taken makes it a schedule,
-            such as ``spanopt.linear(1000, 64, 8)``; what it returns is rounded. See
+        k: How many keys a query keeps: a whole number of at least 1. ``None`` keeps all, which
+            changes nothing. A schedule is a function of the number of optimizer steps taken, such
+            as ``spanopt.linear(1000, 64, 8)``. The number that it returns is rounded. See
             :meth:`FocusHooks.step`.
-        kind: How they are chosen. ``"top"``, the default, keeps the k keys with the largest scores,
-            for each query and head. ``"window"`` keeps the k nearest open keys: without masks those
-            on both sides, under a causal mask the last k. ``"block"`` cuts the sequence into blocks
-            of k tokens, and a query keeps the keys of its own block. ``"strided"`` keeps every s-th
-            key, of which one is at the query's position; s is the number of keys over k, rounded
-            up. ``"gradient"`` leaves the forward pass as it is: only the scores that ``"top"``
-            would keep get a gradient. Values get all of theirs.
+        kind: How the keys are chosen. ``"top"``, the default, keeps the k keys with the largest
+            scores, for each query and head. ``"window"`` keeps the k nearest open keys: on both
+            sides without a mask, and the last k under a causal mask. ``"block"`` cuts the sequence
+            into blocks of k tokens, and a query keeps the keys of its own block. ``"strided"``
+            keeps every s-th key, where s is the number of keys divided by k, rounded up. One of
+            these keys is at the query's position. ``"gradient"`` does not change the forward pass,
+            but only the scores that ``"top"`` would keep get a gradient. Values get their full
+            gradient.
         always: Positions of keys that every query keeps beside the k: whole numbers of at least 0,
-            none by default. Positions past the end of a sequence are passed over.
-        training_only: Whether focus rests where ``layer.training`` is false; false by default.
+            none by default. Positions past the end of a sequence are ignored.
+        training_only: Whether focus is off while ``layer.training`` is false; false by default.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -110,14 +111,14 @@ class Focus:
         object.__setattr__(self, "always", tuple(sorted({*positions})))
 
     def at(self, step: int) -> Keeping | None:
-        """Return what is kept after a number of optimizer steps, ``None`` where all keys are.
+        """Return which keys are kept after a number of optimizer steps; ``None`` if all are kept.
 
         Args:
             step: The number of steps taken.
 
         Raises:
-            TypeError: The schedule returned no number.
-            ValueError: It returned one that rounds to less than 1.
+            TypeError: The schedule returned something that is not a number.
+            ValueError: The schedule returned a number that rounds to less than 1.
 
         Example:
             >>> import spanopt
