@@ -65,7 +65,7 @@ class Inspection:
 
     @property
     def ok(self) -> bool:
-        """Whether a forward pass has shown attention layers, all of which can be scaled."""
+        """Return whether a forward pass has shown attention layers, all of which can be scaled."""
         return self.verified and bool(self.layers) and not any(x.missed for x in self.layers)
 
     def as_dict(self) -> dict[str, Any]:

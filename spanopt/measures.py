@@ -30,7 +30,7 @@ _CHUNK = 2**24
 
 
 def measure(watched: Watched, given: Tensor, rescaled: Tensor) -> dict[str, Tensor]:
-    """Return every measure of a gradient except the entropy.
+    """Return every measure of a gradient except the entropy and the parallel share.
 
     Args:
         watched: Q or K, and how its gradient is rescaled.

@@ -21,9 +21,9 @@ _SIDES = ("query", "key")
 class SpanScale:
     """Factors for the parallel part and the violation of one attention layer's gradients.
 
-    The gradient g of Q becomes ``parallel * P g + violation * (g - P g)``, where P is the projector
-    onto the column space of Q. For the gradient of K, P is the projector onto the column space of
-    K.
+    The gradient g of Q becomes ``parallel * P g + violation * (g - P g)``. Here P is the projector
+    onto the column space of Q. For the gradient of K, it is the projector onto the column space
+    of K.
 
     Args:
         parallel: Factor of the parallel part: a finite number, or a sequence with one number per

@@ -1,7 +1,8 @@
 """Measures of attention scores, which tell whether attention to fewer keys could pay.
 
 The quantities and their names are those of Ram, Clarkson, Klinger, Ubaru and Gray, "Transformers
-Learn Faster with Semantic Focus" (2025, arXiv 2506.14095), and of the authors' ``bounds-lhs.py``.
+Learn Faster with Semantic Focus" (2025, arXiv 2506.14095). The authors' code for them is
+``bounds-lhs.py``.
 """
 
 from __future__ import annotations

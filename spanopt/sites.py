@@ -111,16 +111,16 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
     1. it is an ``nn.MultiheadAttention``;
     2. its own code calls ``scaled_dot_product_attention``. Its own code is its ``forward``, the
        methods of its class, and the plain functions and registries of functions that these refer
-       to, but not its submodules;
+       to. Submodules are not read;
     3. it owns a query and a key projection by name (``q_proj`` and ``k_proj``, ``to_q`` and
        ``to_kv``, ``query`` and ``key``, ``wq`` and ``wk``, a fused ``qkv`` or ``c_attn``, ...). If
        its first forward pass calls no attention that can be seen, that is an error;
-    4. its own code multiplies matrices and takes a softmax, and it owns at least two modules with
-       parameters, or none, or one linear layer with more outputs than inputs. Such a layer is not
-       ``certain`` before the first forward pass.
+    4. its own code multiplies matrices and takes a softmax. It must also own at least two modules
+       with parameters, or none, or one linear layer with more outputs than inputs. Such a layer is
+       not ``certain`` before the first forward pass.
 
-    A layer of the third or fourth kind is left out if it contains another with projections of its
-    own, since it only wraps that one. A layer without projections is left out if it is inside one
+    A layer of the third or fourth kind is left out if it only wraps another one with projections of
+    its own. A layer without projections is left out if it is inside one
     of the third kind, since it is a part of that one. A module that is used twice appears once.
     Modules inside ``torch.compile`` and data-parallel wrappers are found; their names are those
     without the wrapper.

@@ -33,7 +33,7 @@ def token_mask(masks: Masks) -> Iterator[None]:
     Args:
         masks: One mask for the queries and keys of all layers, or a dict from layer names or
             patterns to masks. A value of the dict is one mask for both sides, or a pair
-            ``(queries, keys)``, in which ``None`` leaves a side to the attention mask. An exact
+            ``(queries, keys)``. ``None`` in a pair leaves that side to the attention mask. An exact
             name beats a pattern, and a later pattern beats an earlier one. A mask has the shape
             ``(B, L)``: B sequences of L tokens. A boolean mask is true at real tokens. A mask of
             integers is 0 at padding, and elsewhere it holds the number of the token's document,

@@ -56,7 +56,7 @@ class Store:
         return iter(self._results.items())
 
     def forget_errors(self) -> None:
-        """Forget trials that raised an error, so that they run again. The file keeps their lines."""
+        """Forget trials that raised an error, so that they run again. The file keeps them."""
         self._results = {t: r for t, r in self._results.items() if "error" not in r}
 
 

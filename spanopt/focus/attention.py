@@ -35,8 +35,8 @@ def focused_attention(
     """Compute attention to chosen keys, with PyTorch's arguments and ``keeping`` and ``chunk``.
 
     Scores and weights are computed in float32 at least. For the backward pass, the function keeps
-    its inputs, and the positions and weights of the chosen keys. The backward pass computes
-    weights again where they were not kept.
+    its inputs, the multipliers of dropout, and the positions and weights of the chosen keys. The
+    backward pass computes weights again where they were not kept.
 
     Args:
         query: Shape ``(..., H, N, d)``.
@@ -139,7 +139,7 @@ def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     of_mask = torch.empty_like(mask) if mask is not None and rest[-1] else q.new_empty(0)
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), of_mask)  # contiguous, as the real results are
+    return (*(x.new_empty(x.shape) for x in (q, k, v)), of_mask)  # contiguous, as they come
 
 
 class _FocusedAttention(torch.autograd.Function):

@@ -115,8 +115,8 @@ class SpanScaledCallback(Callback):
         Raises:
             TypeError: An argument of the callback is of the wrong type.
             ValueError: No attention layer, a key that matches no layer, a layer that is scaled
-                already, more than one optimizer, a checkpoint of other layers, or a checkpoint of
-                a run with a schedule if this callback has none.
+                already, or more than one optimizer. Also a checkpoint of other layers, or one of a
+                run with a schedule if this callback has none.
 
         Example:
             >>> callback = SpanScaledCallback({"*": (2.0, 1.0)})

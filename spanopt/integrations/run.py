@@ -76,8 +76,8 @@ class Run:
         Raises:
             TypeError: An argument of the wrong type, or a schedule that is not a function.
             ValueError: No attention layer, a key that matches no layer, a layer that is scaled
-                already, a ``state`` of other layers, or a ``state`` of a run with a schedule if
-                this run has none. Nothing is installed then.
+                already, a ``state`` of other layers, or one of a run with a schedule if this run
+                has none. Nothing is installed then.
 
         Example:
             >>> run = Run(Request({"*": (2.0, 1.0)}))

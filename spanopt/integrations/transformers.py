@@ -107,8 +107,8 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
         Raises:
             TypeError: An argument of the callback is of the wrong type.
             ValueError: No attention layer, a key that matches no layer, a layer that is scaled
-                already, a second callback of this class, a checkpoint of other layers, or a
-                checkpoint of a run with a schedule if this callback has none.
+                already, or a second callback of this class. Also a checkpoint of other layers, or
+                one of a run with a schedule if this callback has none.
 
         Example:
             >>> from transformers import TrainerControl, TrainerState
@@ -178,7 +178,7 @@ class SpanScaledCallback(TrainerCallback, ExportableState):
         self.remove()
 
     def state(self) -> dict[str, Any]:
-        """Return what the ``Trainer`` saves: the callback's arguments, and the scales of now.
+        """Return what the ``Trainer`` saves: the callback's arguments, and its present scales.
 
         Returns:
             A dict of values that JSON can hold.
