@@ -175,7 +175,7 @@ class SpanScaledOptimizer(OptimizerProxy):
         """
         return self._step_with_hooks(*args, **kwargs)
 
-    # Optimizer would add the global step hooks, which the wrapped step runs already.
+    # torch.optim.Optimizer would add the global step hooks, but the wrapped step runs them already.
     step.hooked = True  # type: ignore[attr-defined]
 
     def _note_step(self) -> None:

@@ -168,7 +168,7 @@ def plan(
             f"modules that own a query and a key projection (q_proj and k_proj, to_q and to_kv, "
             f"qkv, ...). {BY_HAND}"
         )
-    # A key stays valid when its layer had hooks and the model no longer has the layer.
+    # Keys of layers that had hooks and are now gone from the model stay valid.
     names = list({site.name: None for site in (*sites, *(hooked or ()))})
     if request.scales is None and hooked is None:
         warnings.warn(

@@ -19,7 +19,7 @@ from spanopt.taps.telling import Watched
 
 __all__ = ["Sample", "means", "unmeasured"]
 
-_CHUNK = 256  # the number of queries whose weights are taken the logarithm of at once
+_CHUNK = 256  # the number of queries whose log weights are computed at once
 _NO_GRADIENT = "no gradient of Q and K was seen: compiled code ran, or nothing there is trained"
 
 

@@ -29,7 +29,7 @@ SCORE_MEASURES = (
 
 # A score of this or less means that a mask closes the key, the same as in spanopt.taps.masks.
 _FORBIDDEN = -9e3
-# The authors take this quantile of dispersions over all queries, and 1 minus it of separations.
+# The authors take this quantile of dispersions over queries, and the 1 - 0.95 one of separations.
 _QUANTILE = 0.95
 _LEAST = 1e-9
 # About how many queries of each sequence and head have their Jacobian taken, evenly spaced.

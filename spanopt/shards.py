@@ -102,7 +102,7 @@ def on_shards(
     x = x.redistribute(placements=layout)
 
     def local(value: Any, first: int) -> Any:
-        """Return this process's part of a value whose first dimension is ``first`` of x."""
+        """Return this process's part of a value with the dimensions of x from ``first`` on."""
         if not isinstance(value, Tensor) or value.ndim == 0:
             return value
         if not isinstance(value, DTensor):

@@ -119,11 +119,11 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
        with parameters, or none, or one linear layer with more outputs than inputs. Such a layer is
        not ``certain`` before the first forward pass.
 
-    A layer of the third or fourth kind is left out if it only wraps another one with projections of
-    its own. A layer without projections is left out if it is inside one
-    of the third kind, since it is a part of that one. A module that is used twice appears once.
-    Modules inside ``torch.compile`` and data-parallel wrappers are found; their names are those
-    without the wrapper.
+    A layer of the third or fourth kind that contains another one with projections is left out,
+    since it is only a wrapper. A layer without projections inside one of the third kind is left
+    out, since it is a part of that one. A module that is used twice appears once. Modules inside
+    ``torch.compile`` and data-parallel wrappers are found. Their names are those without the
+    wrapper.
 
     Args:
         model: Any module.

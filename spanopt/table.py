@@ -107,7 +107,7 @@ def _continues(run: Sequence[Sequence[str]], row: Sequence[str]) -> bool:
 
 
 def _step(name: str, following: str) -> int | None:
-    """Return the place of the number that is one more in the following name; else ``None``."""
+    """Return the place of the only number that differs, if it goes up by one; else ``None``."""
     parts, others = (re.split(r"(\d+)", text) for text in (name, following))
     if len(parts) != len(others):
         return None

@@ -112,7 +112,7 @@ def _tokens(mask: Tensor) -> Tokens:
 def _positions(documents: Tensor, count: int) -> Tensor:
     """Return the positions of each document's tokens: one row per document.
 
-    Rows are filled up at the end with the number of all positions, which is no position.
+    Rows are filled up at the end with ``documents.numel()``, which is not a valid position.
     """
     numbers = documents.long() + torch.arange(len(documents), device=documents.device)[:, None] * (
         count + 1

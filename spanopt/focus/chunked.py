@@ -81,8 +81,8 @@ class Settings(NamedTuple):
     def is_simple(self, own: Tensor) -> bool:
         """Return whether the chosen keys of a chunk have all of its weights.
 
-        They have not if a query keeps all keys. On an accelerator the result is always false,
-        since looking would wait for the device.
+        They have not if a query keeps all keys, which is always so for the kind ``"gradient"``. On
+        an accelerator the result is always false, since looking would wait for the device.
         """
         if self.keeping.kind == "gradient" or own.device.type != "cpu":
             return False
