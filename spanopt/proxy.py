@@ -160,7 +160,7 @@ class OptimizerProxy(Optimizer):
             post_hook(self, (self, *args[1:]), kwargs)
 
     def _save_with_hooks(self, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a state dict, and run the pre-hooks and post-hooks of that."""
+        """Return a state dict. Run the state-dict pre-hooks before, and the post-hooks after."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = save()
@@ -172,7 +172,7 @@ class OptimizerProxy(Optimizer):
     def _load_with_hooks(
         self, state_dict: Mapping[str, Any], load: Callable[[dict[str, Any]], None]
     ) -> None:
-        """Load a state dict, and run the pre-hooks and post-hooks of that."""
+        """Load a state dict. Run the loading pre-hooks before, and the post-hooks after."""
         if not isinstance(state_dict, Mapping):
             raise ValueError(
                 f"not a state dict of {type(self.optimizer).__name__}, which is a dict, but "

@@ -76,7 +76,7 @@ class Wrap:
 
 
 class Held:
-    """Keeps the weights fixed that get a gradient only through Q and K, which is scaled by 0.
+    """Keeps weights fixed whose gradient comes only through Q and K, and is scaled by 0.
 
     With factors of 0, those weights have a gradient of exactly 0 in every step, but weight decay
     would still move them. So after each step, every weight whose gradient has been 0 in all steps

@@ -97,7 +97,7 @@ class Settings(NamedTuple):
         return _SPARSE * width_of(self.keeping, self.keys) <= self.keys
 
     def places(self, positions: Tensor, seen: int) -> Tensor:
-        """Return the chosen keys' indices in the keys of all rows. A non-key gets any index."""
+        """Return where chosen keys are in the keys of all rows; any place may stand for no key."""
         rows = torch.arange(len(positions), device=positions.device)[:, None, None]
         return positions.clamp(max=seen - 1) + rows * self.keys
 

@@ -69,7 +69,7 @@ class LayerFocus:
             )
 
     def signature(self, tap: Tap) -> tuple[Any, ...]:
-        """Return numbers and text on which compiled code depends."""
+        """Return all values on which compiled code depends, as numbers and text."""
         keeping = self._now(tap)
         return () if keeping is None else (keeping.kind, keeping.k, *keeping.always)
 
@@ -208,7 +208,7 @@ def _refuse(site: AttentionSite, *tensors: Any) -> None:
 
 
 class _InPlaceOf(torch.autograd.Function):
-    """The identity on gradients, which returns the exact values of another tensor."""
+    """A function that returns another tensor's exact values, but passes the gradient to ``x``."""
 
     @staticmethod
     def forward(x: Tensor, values: Tensor) -> Tensor:
