@@ -211,7 +211,7 @@ def _plain(request: Request) -> dict[str, Any]:
     """Return a request as a dict of numbers, strings, lists, dicts and ``None``."""
     scales: Any = request.scales
     if scales is not None:
-        scales = {"*": scales} if isinstance(scales, SpanScale) else scales
+        scales = scales if isinstance(scales, Mapping) else {"*": scales}
         scales = {
             key: None if scale is None else SpanScale.of(scale).fields()
             for key, scale in scales.items()

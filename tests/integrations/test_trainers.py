@@ -35,6 +35,7 @@ import spanopt.integrations.lightning
 import spanopt.integrations.transformers
 from spanopt import SpanScale, SpanScaledOptimizer, SpanScheduler, UnscaledLayerError, attach
 from spanopt.integrations.run import Run
+from spanopt.scale import resolve_scales
 from spanopt.schedules import linear
 
 assert_same = partial(compare.assert_same, rtol=1e-8, atol=1e-10)
@@ -614,6 +615,12 @@ def test_a_callback_takes_every_argument_of_attach(cls):
 def test_a_callback_refuses_an_argument_that_it_does_not_have(cls):
     with pytest.raises(TypeError, match=r"no argument 'projections'; its name is now qk_modules"):
         cls(SCALES, projections={})
+
+
+@pytest.mark.parametrize("scales", [(2.0, 1.0), SpanScale(2.0, 1.0), {"*": (2.0, 1.0)}, None])
+def test_a_trainers_callback_keeps_scales_in_every_form(scales):
+    kept = json.loads(json.dumps(HFCallback(scales).state()))["args"]["scales"]
+    assert resolve_scales(kept, ["a"]) == resolve_scales(scales, ["a"])
 
 
 def test_a_trainers_callback_scales_by_the_setup_that_it_was_given(tmp_path):
