@@ -1,4 +1,4 @@
-"""What came of a layer's calls: which a backward pass went through, with attention or without."""
+"""What is known of a layer's calls: whether attention was seen, and where a backward pass went."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class Account:
 
     Attributes:
         site: The layer.
-        weights: Tells a use past the hooks where no module's call does; it has no weights before
+        weights: Notices a use past the hooks that no call of a module shows. It is empty until
             :meth:`spanopt.placement.Placement.watch_weights`.
-        entered: The layer has run while taps watched.
+        entered: The layer has run while its tap watched.
         called: An attention call was made.
         connected: The layer returned something that gradients flow back through.
-        detached: It could have, and returned only tensors that none flow back through.
+        detached: The layer has trained parameters, and returned only tensors without gradients.
         ever_lost: A product of what may be Q and K was not followed to a softmax.
 
-    The others are forgotten after each optimizer step:
+    The other attributes are reset after each optimizer step:
 
     Attributes:
         seen: Attention was seen in a call.
-        waiting: Attention was seen in a call whose backward pass reports when it comes.
+        waiting: Attention was seen in a call. A backward pass through that call will be noted.
         passed: A backward pass went through such a call.
-        lost: A product was lost on its way to a softmax, perhaps beside others that were seen.
+        lost: A product was lost on its way to a softmax. Other products may have been seen.
         missed: A backward pass went through a call in which no attention was seen.
         direct: A backward pass went through the layer's forward, which was called directly.
         around: The layer got gradients, and no backward pass went through the calls that wait.
@@ -60,10 +60,10 @@ class Account:
         self.around: bool = False
 
     def is_attention(self) -> bool:
-        """Return whether the layer is attention: beyond doubt, or by what it did when it ran.
+        """Return whether the layer is attention: for certain, or judged by what it did.
 
-        What no gradient flows back through has none to rescale, whatever it multiplies. An example
-        is an indexer, which chooses the keys for the attention layer that it is a part of.
+        A layer that no gradient flows back through has no gradient to rescale, so it does not
+        count. An example is an indexer, which chooses the keys for the layer that contains it.
         """
         if self.called or self.site.asked:
             return True
@@ -74,7 +74,7 @@ class Account:
         return self.seen and not self.ways_past()
 
     def ways_past(self) -> list[str]:
-        """Return how a backward pass went past the hooks beside what was seen, as field names."""
+        """Return how gradients went past the hooks of a layer that was seen, as field names."""
         if not self.seen:
             return []
         ways = {
@@ -86,24 +86,24 @@ class Account:
         return [way for way, is_so in ways.items() if is_so]
 
     def forget(self) -> None:
-        """Start anew, as after an optimizer step."""
+        """Reset what is noted for one step. This runs after each optimizer step."""
         for name in _SINCE_STEP:
             setattr(self, name, False)
         self.weights.forget()
 
     def note_result(self, call: Call | None, result: Any, is_idle: bool) -> None:
-        """Note what the layer returned, and have the backward pass through it noted.
+        """Note what the layer returned, and arrange for a backward pass through it to be noted.
 
         Args:
             call: The call that returned it; ``None`` if it was not watched.
-            result: What its forward returned, with gradients on.
+            result: What the layer's forward returned, with gradients on.
             is_idle: Whether the layer needs no node.
         """
         carries_gradient = may_carry_gradient(result)
         if call is not None:
             if torch.compiler.is_compiling():
-                # No hooks on tensors: every call counts, without a backward pass. Nothing is read
-                # of the account here, as Dynamo would compile anew when it changes.
+                # Compiled code has no hooks on tensors, so a call counts without its backward
+                # pass. The account is not read here, or Dynamo would recompile when it changes.
                 if call.seen:
                     self.passed = True
                 elif carries_gradient:
@@ -133,12 +133,12 @@ class Account:
             self.waiting = True
 
     def note_projected(self, call: Call | None, result: Any, unique_name: str) -> None:
-        """Note what a module of the layer returned, which may run outside of the layer's calls.
+        """Note what a module in the layer returned. It may run outside of the layer's calls.
 
         Args:
             call: The layer's call that the module runs in, if any.
-            result: What it returned, with gradients on.
-            unique_name: That of the layer's tap.
+            result: What the module returned, with gradients on.
+            unique_name: The unique name of the layer's tap.
         """
         if torch.compiler.is_compiling():
             if is_traced_directly(unique_name):
@@ -149,7 +149,7 @@ class Account:
             self._report(nodes_of(result) or [], "direct")
 
     def _report(self, nodes: list[Any], what: str) -> None:
-        """Have a field set once a backward pass goes through nodes of the autograd graph."""
+        """Set a field as soon as a backward pass goes through one of these autograd nodes."""
         for node in nodes:
             node.register_prehook(_Report(self, what))
 

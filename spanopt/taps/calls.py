@@ -28,17 +28,17 @@ class Call:
     Attributes:
         tap: The layer's tap.
         name: The tap's ``unique_name``.
-        outer: The watched call that this one is made in.
-        frame: Where the call runs; ``None`` where it was entered by compiled code.
-        at: The place in that frame's code, see :func:`~spanopt.taps.running.calling_frame`.
+        outer: The watched call around this one, if there is one.
+        frame: The frame that the call runs in; ``None`` if compiled code entered the tap.
+        at: The position in that frame's code; see :func:`~spanopt.taps.running.calling_frame`.
         given: The real tokens of queries and keys, as :func:`spanopt.token_mask` gives them.
         seen: Attention was seen, with gradients on.
-        unmeasured: Nobody is told of the rest of the call, as its masks are unclear.
-        projected: The module ran that tells a direct call of the layer's forward.
-        multiplied: Activations were multiplied as queries and keys may be.
+        unmeasured: No watcher is told of the rest of the call, since its masks are unclear.
+        projected: The module with the :class:`~spanopt.taps.module_hooks.Projected` hook has run.
+        multiplied: Two activations were multiplied that may be Q and K.
         streams: Which tensors were computed from which of the layer's inputs.
-        scores: What the softmax tap knows of tensors.
-        trail: Where these tensors are in the autograd graph.
+        scores: What the softmax tap knows about tensors.
+        trail: Where the scores are in the autograd graph.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Call:
         self.trail: Trail = Trail()
 
     def is_over(self) -> bool:
-        """Return whether an exception has ended the call and its hooks were not told."""
+        """Return whether an exception has ended the call without its hooks being called."""
         return is_over(self.frame, self.at)
 
     def close(self) -> None:
-        """Leave nothing on the tensors, and let go of the frame."""
+        """Forget what was noted of tensors, and let go of the frame."""
         if not torch.compiler.is_dynamo_compiling():
             self.frame = None
         self.streams.close()
@@ -82,16 +82,16 @@ class _Thread(threading.local):
     """What the taps of one thread share.
 
     Attributes:
-        busy: A call is in the hands of a tap. It goes on to the tap of an enclosing layer, of this
-            attachment or another, which must leave it alone.
-        probing: Calls are looked for even where gradients are off.
-        calls: The innermost call that is watched. In an object of its own: compiled code does not
-            write to a ``threading.local``.
+        busy: A tap is handling a torch function. The call then reaches the tap of an enclosing
+            layer, of this attachment or another. That tap must leave it alone.
+        probing: Calls are watched even where gradients are off.
+        calls: Holds the innermost watched call. It is an object of its own, since compiled code
+            does not write to a ``threading.local``.
         tokens: Real tokens of queries and keys by layer name, as :func:`spanopt.token_mask` gives
             them, shape ``(B, N)``.
     """
 
-    def __init__(self) -> None:  # once in every thread; Dynamo guards on class attributes badly
+    def __init__(self) -> None:  # runs once per thread; Dynamo guards badly on class attributes
         self.busy = False
         self.probing = False
         self.calls: _Calls = _Calls()
@@ -126,7 +126,7 @@ class Repeats:
         """Return the tokens of the forward pass that a backward pass repeats.
 
         Args:
-            given: What holds where no forward pass was noted.
+            given: The result if no forward pass was noted.
 
         Raises:
             RuntimeError: There were several forward passes with different tokens.
@@ -143,12 +143,12 @@ class Repeats:
         return self._given[0]
 
     def forget(self) -> None:
-        """Forget past forward passes, as after an optimizer step."""
+        """Forget past forward passes. This runs after each optimizer step."""
         self._given = []
 
 
 def _are_same(a: GivenTokens, b: GivenTokens) -> bool:
-    """Return whether tokens are the same, as far as can be told without reading them."""
+    """Return whether tokens are the same tensors. Their values are not read."""
     if a is None or b is None or a is b:
         return a is b
     pairs = [(one or Tokens(), other or Tokens()) for one, other in zip(a, b, strict=True)]

@@ -1,4 +1,4 @@
-"""What taps ask of semantic focus: which keys a layer's queries keep. It changes the forward."""
+"""What taps ask of focus: which keys a layer's queries keep. Focus changes the forward pass."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["Focusing", "focusing_of"]
 
 
 class Focusing(Protocol):
-    """Focus on one layer, as :mod:`spanopt.focus` has it.
+    """The focus of one layer: :mod:`spanopt.focus` implements this.
 
-    A tap asks it in place of making the attention call, after it has read the masks and put the
-    nodes on Q and K.
+    The tap first reads the masks and puts the nodes on Q and K. Then it asks this object instead of
+    making the attention call itself.
     """
 
     def acts(self, tap: Any, args: Any, kwargs: Any) -> bool:
-        """Return whether the layer, called with this, may have to be watched without gradients."""
+        """Return whether a call with these arguments must be watched even without gradients."""
         ...
 
     def reach(self, tap: Any) -> None:
@@ -26,7 +26,7 @@ class Focusing(Protocol):
         ...
 
     def signature(self, tap: Any) -> tuple[Any, ...]:
-        """Return all that compiled code depends on, as numbers and text."""
+        """Return everything that compiled code depends on, as numbers and text."""
         ...
 
     def attention(self, tap: Any, func: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -41,7 +41,7 @@ class Focusing(Protocol):
         query_axes: tuple[int, ...],
         has_others: bool = False,
     ) -> Tensor:
-        """Return scores for their softmax; axes are counted from the end."""
+        """Return the scores to take the softmax of. Axes are counted from the end."""
         ...
 
     def unseen(self, tap: Any, reason: str) -> RuntimeError:
@@ -50,4 +50,4 @@ class Focusing(Protocol):
 
 
 focusing_of: weakref.WeakKeyDictionary[nn.Module, Focusing] = weakref.WeakKeyDictionary()
-"""The focus on layers. A tap that is made later takes its layer's from here."""
+"""The focus of each layer that has one. A tap that is made later finds its layer's focus here."""

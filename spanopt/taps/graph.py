@@ -1,7 +1,7 @@
-"""What the autograd graph tells of tensors on the way from scores to a softmax.
+"""What the autograd graph tells about tensors on the way from scores to a softmax.
 
-A function mode does not see all functions: not those of ``torch.jit.script``, and no
-``autograd.Function``. The graph has their nodes all the same.
+A function mode does not see functions of ``torch.jit.script`` or an ``autograd.Function``. The
+autograd graph contains their nodes nevertheless.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from spanopt.traits import scripts_of
 
 __all__ = ["PRODUCTS", "Trail", "is_elementwise", "operation"]
 
-# Functions of one tensor, or of one and a number, by their names in autograd and in TorchScript.
-# Sums are not among them: what is added may be a mask.
+# Functions of one tensor, or of a tensor and a number, by their names in autograd and TorchScript.
+# Sums are not among them, since what is added may be a mask.
 _ELEMENTWISE = {"mul", "div", "tanh", "neg", "clamp", "abs", "relu", "pow", "sqrt", "sigmoid"}
 PRODUCTS = {"mm", "bmm", "addmm", "addbmm", "baddbmm", "mv", "dot", "convolution", "linear"}
 _SCRIPTED = "DifferentiableGraphBackward"
@@ -28,7 +28,7 @@ _scripts_are_elementwise: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.W
 class Trail:
     """Where scores are in the autograd graph of one call of a layer.
 
-    Nodes are known by their sequence numbers, which keeps nothing alive.
+    Nodes are remembered by their sequence numbers, which keeps nothing alive.
     """
 
     def __init__(self) -> None:
@@ -44,12 +44,12 @@ class Trail:
         self._known.clear()
 
     def through_elementwise(self, x: Tensor, layer: nn.Module) -> Any:
-        """Return the scores that a tensor was computed from, entry by entry; ``None`` if not so.
+        """Return the scores that a tensor was computed from entry by entry, or ``None``.
 
         Args:
-            x: A tensor that a function made which no mode has seen.
-            layer: The layer. A part of the graph that TorchScript made counts as elementwise
-                where all TorchScript functions that the layer may run are.
+            x: The result of a function that no mode has seen.
+            layer: The layer. A part of the graph that TorchScript made counts as elementwise if
+                all TorchScript functions that the layer may run are elementwise.
         """
         pending = [x.grad_fn] if self._known else []
         while pending:
@@ -67,12 +67,12 @@ class Trail:
         return None
 
     def lost_at(self, x: Tensor, *, directly: bool = False) -> str | None:
-        """Return the operation after scores that was not followed on the way to a tensor.
+        """Return the operation between scores and a tensor that was not followed, or ``None``.
 
         Args:
             x: What a softmax is taken of.
-            directly: Whether to look for scores only that no further product lies behind, as one
-                lies behind those of linear attention whose result goes into a router.
+            directly: Whether to look only for scores with no further product between them and
+                ``x``. Linear attention whose result goes into a router has such a product.
         """
         if not self._known:
             return None
@@ -94,7 +94,7 @@ class Trail:
 
 
 def operation(name: str) -> str:
-    """Return ``masked_fill`` for ``MaskedFillBackward0``, and the names of other nodes."""
+    """Return a node's operation: ``masked_fill`` for ``MaskedFillBackward0``, and so on."""
     if name.endswith(_SCRIPTED):
         return "a torch.jit.script function"
     match = re.fullmatch(r"(\w+)Backward\d+", name)
@@ -114,12 +114,12 @@ def _runs_elementwise_scripts(layer: nn.Module) -> bool:
 
 
 def _is_elementwise_node(name: str) -> bool:
-    # A user's autograd.Function named Tanh has no number.
+    # The name of a user's autograd.Function, such as TanhBackward, ends in no number.
     return re.fullmatch(r"\w+Backward\d+", name) is not None and operation(name) in _ELEMENTWISE
 
 
 def is_elementwise(graph: Any) -> bool:
-    """Return whether a TorchScript graph computes each entry of its result from one of its input.
+    """Return whether a TorchScript graph computes each result entry from one input entry.
 
     Args:
         graph: A ``torch.Graph``, such as ``function.inlined_graph``.

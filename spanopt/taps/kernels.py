@@ -1,4 +1,4 @@
-"""Attention functions of users, such as kernels of their own: declared in one call."""
+"""Registering a user's attention function, such as a kernel, so that its layers are scaled."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def register(
 ) -> Any:
     """Make an attention function known, so that layers that call it are found and scaled.
 
-    It must compute softmax attention of a query and a key with 4 dimensions. Its mask is not
-    read: give :func:`spanopt.token_mask` where tokens are padding. Register it before the layers'
-    modules are searched or hooked. Where a Python function was taken by name into other modules,
-    put what this returns there too.
+    The function must compute softmax attention of a query and a key with 4 dimensions. Its mask is
+    not read: use :func:`spanopt.token_mask` where tokens are padding. Register the function before
+    the model is searched or hooked. If other modules have imported a Python function by name,
+    replace it there with the result of this call.
 
     Args:
-        function: An operator of ``torch.ops``, what ``torch.library.custom_op`` made, or a Python
-            function.
-        name: What tables call this way to reach Q and K.
-        query: Name of the function's argument that is the query, shape ``(B, H, N, d)``.
-        key: Name of the argument that is the key, shape ``(B, H', M, d)``, where H is a multiple
+        function: An operator of ``torch.ops``, a result of ``torch.library.custom_op``, or a
+            Python function.
+        name: The name of this tap, as tables show it.
+        query: Name of the function's argument for the query, shape ``(B, H, N, d)``.
+        key: Name of the argument for the key, shape ``(B, H', M, d)``, where H is a multiple
             of H'.
         tokens_first: Whether the shapes are ``(B, N, H, d)`` and ``(B, M, H', d)`` instead.
 
     Returns:
-        What layers must call: an operator as it is, and for a Python function one that does the
-        same and can be seen.
+        What layers must call. For an operator this is the operator itself. For a Python function
+        it is a function that does the same and that taps can see.
 
     Raises:
         ValueError: The function has no such arguments, or its name or ``name`` is taken.
@@ -122,11 +122,11 @@ def _parameters_of(function: Any) -> list[str]:
 
 
 def _visible(function: Callable[..., Any], handle: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that does the same and offers itself to function modes."""
+    """Return a function that does the same and that function modes can intercept."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # Dynamo shows modes the functions of torch only
+        if torch.compiler.is_compiling():  # Dynamo shows function modes only torch's functions
             running = thread.calls.innermost
             if running is None or thread.busy:
                 return function(*args, **kwargs)

@@ -34,12 +34,13 @@ class OutputLayout:
     Attributes:
         name: The module, relative to its layer.
         module: The module.
-        blocks: Number of blocks of heads: 1 where queries and keys are concatenated, the number of
-            key heads where they are interleaved.
-        width: Heads in a block.
-        sides: ``"query"`` and ``"key"`` with the first of their heads in a block and how many.
-        batch_first: Whether the output is (B, N, features), and not (N, B, features).
-        in_place: Whether the layer changes the output in place, and therefore gets a copy.
+        blocks: Number of blocks of heads. It is 1 where queries and keys are concatenated, and the
+            number of key heads where they are interleaved.
+        width: Number of heads in a block.
+        sides: For each side, ``"query"`` or ``"key"``: its name, the index of its first head in a
+            block, and the number of its heads in a block.
+        batch_first: Whether the output is (B, N, features) rather than (N, B, features).
+        in_place: Whether the layer changes the output in place. It then gets a copy.
     """
 
     name: str
@@ -51,14 +52,14 @@ class OutputLayout:
     in_place: bool = False
 
     def check(self, layer: str, features: int) -> None:
-        """Refuse a number of output features that is no multiple of the number of heads.
+        """Refuse a number of output features that is not a multiple of the number of heads.
 
         Args:
             layer: Name of the layer.
             features: Size of the last dimension of the output.
 
         Raises:
-            ValueError: It is none.
+            ValueError: It is not a multiple.
         """
         if features % (self.blocks * self.width):
             raise ValueError(
@@ -78,10 +79,10 @@ def read_layouts(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> list
             - ``"query"`` and ``"key"`` for two modules, or ``"qkv"``, ``"qk"`` or ``"kv"`` (with
               ``"query"``) for several in one output;
             - ``"num_heads"``, the number of query heads, and ``"num_kv_heads"``, the number of key
-              heads; by default as many as query heads;
-            - ``"layout"`` of fused outputs: ``"concatenated"`` (all of Q, then all of K, ...; the
-              default) or ``"interleaved"`` (for each key head its query heads, then itself, then
-              its value head);
+              heads; the default is ``"num_heads"``;
+            - ``"layout"`` of fused outputs: ``"concatenated"`` (all of Q, then all of K, then all
+              of V; the default) or ``"interleaved"`` (for each key head its query heads, then the
+              key head, then its value head);
             - ``"batch_first"``: ``False`` where outputs have the shape (N, B, features); default
               ``True``;
             - ``"in_place"``: ``True`` where the layer changes the outputs in place, which costs a
@@ -91,9 +92,9 @@ def read_layouts(layer: str, module: nn.Module, spec: Mapping[str, Any]) -> list
         The layout of each output.
 
     Raises:
-        TypeError: ``spec`` is no mapping.
-        ValueError: Fields that are unknown, missing or contradictory; a module that is not there;
-            sizes that do not divide.
+        TypeError: ``spec`` is not a mapping.
+        ValueError: Fields are unknown, missing or contradictory, a module does not exist, or sizes
+            do not divide.
 
     Example:
         >>> layer = nn.Module()
@@ -194,7 +195,7 @@ def _module(layer: str, module: nn.Module, part: str, name: str) -> nn.Module:
 
 
 def owns_modules(module: nn.Module, spec: Mapping[str, Any]) -> bool:
-    """Return whether a module has the modules that one entry of ``qk_modules`` names.
+    """Return whether a module contains the modules that one entry of ``qk_modules`` names.
 
     Args:
         module: Any module.

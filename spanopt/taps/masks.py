@@ -1,8 +1,9 @@
-"""What attention masks show of padding, and when they must be refused.
+"""What attention masks show about padding, and when they must be refused.
 
-A key that is closed to every query in every head may be padding, or a real token that the pattern
-of attention leaves out. The values of a mask do not always tell the two apart. :func:`judge` takes
-for padding only what nothing contradicts, and says so where nothing tells.
+A key that is closed to every query in every head may be padding. It may also be a real token that
+the pattern of attention leaves out. The values of a mask do not always tell the two apart.
+:func:`judge` counts a token as padding only if nothing contradicts that. If nothing tells, its
+verdict is that the mask must be refused.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ __all__ = [
     "transposed",
 ]
 
-# What is added to a score to forbid it: -inf, the dtype's minimum, -1e9, and -1e4 in bfloat16.
+# Terms up to this one forbid a score. Usual ones are -inf, the dtype's minimum, -1e9, and -1e4,
+# which bfloat16 rounds.
 _FORBIDDING = -9e3
 
 
@@ -34,14 +36,14 @@ class Shown(NamedTuple):
     """What one attention mask shows of a score matrix (N, M), over all heads.
 
     Attributes:
-        rows: Where a query sees any key: boolean, shape ``(B, N)``.
-        columns: Where any query sees a key: boolean, shape ``(B, M)``.
-        diagonal: Where query i sees key i: boolean, shape ``(B, N)``; ``None`` if the matrix is
-            not square.
+        rows: Which queries see any key: boolean, shape ``(B, N)``.
+        columns: Which keys are seen by any query: boolean, shape ``(B, M)``.
+        diagonal: For which i query i sees key i: boolean, shape ``(B, N)``; ``None`` if the matrix
+            is not square.
         above: Whether any query sees a key of a higher index: boolean, no dimension.
         below: Whether any query sees a key of a lower index: boolean, no dimension.
 
-    Any size may be 1, and then holds for all.
+    Any dimension may have size 1. Its one entry then holds for all.
     """
 
     rows: Tensor
@@ -52,14 +54,14 @@ class Shown(NamedTuple):
 
 
 Read: TypeAlias = "tuple[Shown, ...]"
-"""What the masks of one score matrix show, one by one."""
+"""What each mask of one score matrix shows."""
 
 
 def allowed(mask: Tensor) -> Tensor:
     """Return where a mask allows attention.
 
     Args:
-        mask: Boolean, true where attention is allowed, or a number, to be added to the scores.
+        mask: Boolean, true where attention is allowed; or numbers that are added to the scores.
 
     Returns:
         Boolean, shaped like ``mask``.
@@ -103,7 +105,8 @@ def read(allowed: Tensor, ndim: int) -> Read:
         ndim: Number of dimensions of the scores.
 
     Returns:
-        What it shows; nothing where it is known at once that every query and every key is open.
+        What the mask shows. The result is empty if the values can be read at once, and every query
+        and every key is open.
 
     Example:
         >>> import torch
@@ -118,7 +121,7 @@ def read(allowed: Tensor, ndim: int) -> Read:
         allowed = allowed.flatten(1, -3)
         allowed = allowed[:, 0] if allowed.shape[1] == 1 else allowed.any(1)
     known = can_be_read(allowed)
-    if known and allowed.stride(-2) == 0:  # a mask of the keys that was expanded
+    if known and allowed.stride(-2) == 0:  # a mask of keys, expanded over the queries
         allowed = allowed[:, :1]
     rows, columns = allowed.any(-1), allowed.any(-2)
     if known and bool(rows.all()) and bool(columns.all()):
@@ -130,7 +133,7 @@ def read(allowed: Tensor, ndim: int) -> Read:
         return (Shown(rows, columns, diagonal, anything, anything),)
     square = allowed.diagonal(dim1=-2, dim2=-1) if n == m else None
     if known and (square is None or bool(square[:, 1:].any())):
-        above = below = torch.ones((), dtype=torch.bool)  # it is not strictly causal
+        above = below = torch.ones((), dtype=torch.bool)  # not strictly causal
     else:
         above, below = allowed.triu(1).any(), allowed.tril(-1).any()
     return (Shown(rows, columns, square, above, below),)
@@ -149,7 +152,7 @@ def transposed(read: Read) -> Read:
 
 
 def both(a: Read, b: Read) -> Read:
-    """Return what two sets of masks show that hold for the same scores.
+    """Return what two sets of masks on the same scores show together.
 
     Example:
         >>> both((), ())
@@ -159,12 +162,13 @@ def both(a: Read, b: Read) -> Read:
 
 
 class Verdict(NamedTuple):
-    """Which tokens are real, as the masks tell.
+    """Which tokens are real according to the masks.
 
     Attributes:
         queries: Boolean, true at real queries: shape ``(B, N)``.
         keys: Boolean, true at real keys: shape ``(B, M)``.
-        refused: Whether nothing tells if closed tokens are padding: boolean, no dimension.
+        refused: Whether closed tokens may be padding or not, and nothing tells which: boolean, no
+            dimension.
     """
 
     queries: Tensor
@@ -177,23 +181,24 @@ def judge(
 ) -> Verdict | None:
     """Tell padding from real tokens that a pattern of attention closes.
 
-    Each mask is judged by itself; a token is padding where one of them says so. In self-attention
-    padding is, in this order,
+    Each mask is judged by itself. A token is padding if any mask says so. In self-attention the
+    first of these rules that applies says what is padding:
 
-    1. what a padding mask that the model was given says, if it closes the same keys;
-    2. nothing, if the mask is strictly causal: only the last key and the first query are closed;
-    3. the closed keys, if every other token sees itself and is seen, and either the queries of
-       the closed keys are closed too, or the open keys are one run of tokens which differs between
-       the sequences of the batch. No padding mask of the model may close some of them alone.
+    1. A padding mask of the model closes the same keys: padding is what that mask says.
+    2. The mask is strictly causal, and only the last key and the first query are closed: nothing
+       is padding.
+    3. Every open token sees itself and is seen. Also, the queries of the closed keys are closed
+       too, or the open keys are one run that differs between the sequences of the batch. No
+       padding mask of the model closes only some of the closed keys. Then these are padding.
 
-    In cross-attention keys and queries are judged apart, by 1 and by the runs of 3.
+    In cross-attention keys and queries are judged separately, by rule 1 and the runs of rule 3.
 
     Args:
         read: What the masks show.
         n: Number of queries.
         m: Number of keys.
         self_attention: Whether queries and keys are the same tokens.
-        padding: Padding masks that the model was called with, see :mod:`spanopt.taps.padding`.
+        padding: Padding masks that the model was called with; see :mod:`spanopt.taps.padding`.
 
     Returns:
         The verdict; ``None`` where no mask closes anything.
@@ -224,10 +229,10 @@ def judge(
 def _of_one_sequence(shown: Shown, n: int, padding: Sequence[Tensor]) -> Verdict:
     """Judge a mask of self-attention.
 
-    All of it is computed as tensors, so that nothing waits for a device. ``strict`` tells whether
-    the mask is strictly causal; its first token may see itself. ``unexplained`` tells whether more
-    is closed than such a mask closes. ``regular`` tells whether all open tokens are seen and see
-    themselves.
+    Everything is computed as tensors, so that nothing waits for a device. ``strict`` tells whether
+    the mask is strictly causal, although the first token may see itself. ``unexplained`` tells
+    whether more is closed than a strictly causal mask closes. ``regular`` tells whether all open
+    tokens are seen and see themselves.
     """
     assert shown.diagonal is not None
     queries, keys, own = (x.expand(len(x), n) for x in (shown.rows, shown.columns, shown.diagonal))
@@ -246,10 +251,10 @@ def _of_one_sequence(shown: Shown, n: int, padding: Sequence[Tensor]) -> Verdict
 
 
 def _of_two_sequences(shown: Shown, n: int, m: int, padding: Sequence[Tensor]) -> Verdict:
-    """Judge a mask of cross-attention, or of other keys than those of the queries."""
+    """Judge a mask whose queries and keys are not the same tokens, as in cross-attention."""
     queries = shown.rows.expand(len(shown.rows), n)
     keys = shown.columns.expand(len(shown.columns), m)
-    # Queries of a sequence without any key say nothing of themselves.
+    # If a sequence has no open key, its closed queries tell nothing.
     seeing = queries | ~keys.any(-1, keepdim=True)
     sides = []
     for real in (seeing, keys):
@@ -260,12 +265,12 @@ def _of_two_sequences(shown: Shown, n: int, m: int, padding: Sequence[Tensor]) -
 
 
 class _Given(NamedTuple):
-    """What padding masks say of the tokens that an attention mask closes.
+    """What padding masks say about the tokens that an attention mask closes.
 
     Attributes:
-        real: The tokens that are real by all padding masks that agree: shape ``(B, L)``.
-        agree: Whether any agrees: boolean, no dimension.
-        fewer: Whether any closes some of these tokens and no others: boolean, no dimension.
+        real: The tokens that are real by every padding mask that agrees: shape ``(B, L)``.
+        agree: Whether any padding mask agrees: boolean, no dimension.
+        fewer: Whether any closes only some of these tokens and no others: boolean, no dimension.
     """
 
     real: Tensor
@@ -281,7 +286,8 @@ def _agreeing(real: Tensor, excused: Tensor, padding: Sequence[Tensor]) -> _Give
 
     Args:
         real: Where the attention mask is open: shape ``(B, L)``.
-        excused: Where it may be closed for another reason: broadcastable to ``(B, L)``.
+        excused: Where the attention mask may be closed for another reason: broadcastable to
+            ``(B, L)``.
         padding: Shapes ``(batch, length)``.
     """
     result, agree, fewer = torch.ones_like(real), real.new_zeros(()), real.new_zeros(())
@@ -299,10 +305,10 @@ def _agreeing(real: Tensor, excused: Tensor, padding: Sequence[Tensor]) -> _Give
 
 
 def _open(mask: Tensor) -> list[Tensor]:
-    """Return the readings of a padding mask: booleans that are true at real tokens.
+    """Return the possible readings of a padding mask: booleans that are true at real tokens.
 
-    Of a boolean mask either value may be the one for padding. A number that is not an integer may
-    be 1 at real tokens, or be added to scores.
+    In a boolean mask either value may stand for padding. A mask of floating-point numbers may be 1
+    at real tokens, or may be added to scores.
     """
     if mask.dtype == torch.bool:
         return [mask, ~mask]
@@ -310,29 +316,29 @@ def _open(mask: Tensor) -> list[Tensor]:
 
 
 def _are_runs(real: Tensor) -> Tensor:
-    """Return whether in every sequence the real tokens are one run."""
+    """Return whether the real tokens of every sequence are one run."""
     starts = (real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, :1].sum(-1)
     return (starts < 2).all()
 
 
 def _differ(real: Tensor) -> Tensor:
-    """Return whether the sequences of the batch differ."""
+    """Return whether the sequences of the batch differ in their real tokens."""
     return (real != real[:1]).any()
 
 
 def _fits(given: Tensor, real: Tensor) -> bool:
-    """Return whether a padding mask can be of these tokens, or of their heads in the batch."""
+    """Return whether a padding mask fits these tokens; the batch may contain the heads."""
     if given.shape[1] != real.shape[1] or given.device != real.device or not len(given):
         return False
     return len(real) == 1 or len(real) % len(given) == 0
 
 
 def _repeated(x: Tensor, rows: int) -> Tensor:
-    """Repeat each row, so that heads which were merged into the batch have one each."""
+    """Repeat each row, so that each head that was merged into the batch has a row."""
     return x.repeat_interleave(rows // len(x), dim=0) if 1 < len(x) < rows else x
 
 
 def _and(a: Tensor, b: Tensor) -> Tensor:
-    """Return where both are true, of which one may have a row for each of the other's heads."""
+    """Return where both are true. One of them may have a row for each head, and the other not."""
     rows = max(len(a), len(b))
     return _repeated(a, rows) & _repeated(b, rows)

@@ -29,9 +29,9 @@ from spanopt.taps.streams import Streams
 __all__ = ["Handler", "LayerMode", "keeping"]
 
 Handler: TypeAlias = Callable[..., Any]
-"""``handler(tap, func, *args, **kwargs)``: makes the call for the layer.
+"""``handler(tap, func, *args, **kwargs)`` makes a call of ``func`` for the layer.
 
-Handlers go by the name of the function, such as ``matmul`` or ``__add__``.
+A handler is looked up by the name of the function, such as ``matmul`` or ``__add__``.
 """
 
 _numbers = itertools.count()
@@ -39,13 +39,13 @@ _numbers = itertools.count()
 
 @not_compiled_alone
 class LayerMode(TorchFunctionMode):
-    """Hands the torch functions that one layer calls, while its forward runs, to their handlers.
+    """Hands each torch function that one layer calls in its forward to the handler of its name.
 
     Attributes:
         site: The layer.
         unique_name: A name that no other tap of the process has, for compiled code.
-        account: What came of the layer's calls; the optimizer clears it after each step.
-        removed: Set when the tap was taken off its layer: it then does nothing.
+        account: What is known of the layer's calls. The optimizer clears it after each step.
+        removed: Whether the tap was taken off its layer. It then does nothing.
     """
 
     def __init__(self, site: AttentionSite, handlers: Mapping[str, Handler]) -> None:
@@ -66,8 +66,8 @@ class LayerMode(TorchFunctionMode):
             arguments: What the layer was called with.
 
         Raises:
-            RuntimeError: Activation checkpointing runs the layer once more, for its backward pass,
-                and there were several forward passes of which it could be the one.
+            RuntimeError: Activation checkpointing runs the layer again for its backward pass, and
+                it could be repeating any of several forward passes with different tokens.
         """
         given = (thread.tokens or {}).get(self.site.name)
         if torch.compiler.is_compiling():
@@ -84,16 +84,16 @@ class LayerMode(TorchFunctionMode):
         _push_mode(self)
 
     def pass_by(self) -> None:
-        """Note that the layer runs without gradients, perhaps for the first of two times."""
+        """Note that the layer runs without gradients; a checkpoint may run it again with them."""
         if is_checkpointed():
             self._repeats.remember((thread.tokens or {}).get(self.site.name))
 
     def forget_tokens(self) -> None:
-        """Forget the tokens of past forward passes, as after an optimizer step."""
+        """Forget the tokens of past forward passes. This runs after each optimizer step."""
         self._repeats.forget()
 
     def leave(self) -> None:
-        """Stop watching, wherever on the stack of function modes the tap is by now."""
+        """Stop watching: take the tap off the stack of function modes, wherever it lies there."""
         self.forget_call()
         if torch.compiler.is_compiling():
             _pop_mode()
@@ -103,7 +103,7 @@ class LayerMode(TorchFunctionMode):
     def current_call(self) -> Call | None:
         """Return the innermost call of the layer that is watched in this thread."""
         call = thread.calls.innermost
-        # By name: Dynamo does not always know a tap for itself again.
+        # Names are compared, since Dynamo does not always recognise that two taps are one object.
         while call is not None and call.name != self.unique_name:
             call = call.outer
         return call
@@ -145,38 +145,38 @@ class LayerMode(TorchFunctionMode):
         return result
 
     def place(self) -> Place:
-        """Return where the caller's computation runs, seen from the layer."""
+        """Return where the caller runs in relation to the layer."""
         call = self.current_call()
         if self.removed or call is None or call.is_over():
             return Place(False)
         if torch.compiler.is_compiling():
             place = traced_place(self.unique_name)
             if place >= OUTSIDE_PERHAPS and call.frame is None:
-                torch._dynamo.graph_break()  # the code may be run elsewhere: each time look anew
+                torch._dynamo.graph_break()  # the code may run in other places too: look each time
             return Place(place in (INSIDE, INSIDE_PERHAPS))
         return place_in(self.site.module, call.frame)
 
     def is_live(self) -> bool:
-        """Return whether the caller's computation is that of the layer, which is running."""
+        """Return whether the layer is running and the caller is part of its computation."""
         return self.place().inside
 
     def streams(self) -> Streams:
-        """Return what tensors in the layer's innermost call were computed from."""
+        """Return the record of what tensors in the layer's innermost call were computed from."""
         call = self.current_call()
         assert call is not None
         return call.streams
 
     def is_self_attention(self, query: Tensor, key: Tensor) -> bool:
-        """Return whether Q and K were computed from the same of the layer's inputs."""
+        """Return whether Q and K were computed from the same inputs of the layer."""
         call = self.current_call()
         return call is not None and call.streams.are_one(query, key)
 
 
 def keeping(place: Place) -> AbstractContextManager[Any]:
-    """Return a context for making nodes, in which they keep themselves what they save if they must.
+    """Return a context in which to make nodes. In it nodes keep what they save, where they must.
 
-    They must where the layer checkpoints a part of itself: the part runs again for the backward
-    pass when the layer does not, without nodes, so that what they save would not come back.
+    They must where the layer checkpoints a part of itself. That part runs again for the backward
+    pass while the layer does not, so it has no nodes then. What its nodes saved would be lost.
 
     Args:
         place: Where the nodes are made.
@@ -191,5 +191,5 @@ def _itself(x: Tensor) -> Tensor:
 
 
 def _unflatten(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    # Dynamo cannot trace the super() of Tensor.unflatten from inside a function mode.
+    # Dynamo cannot trace the super() call in Tensor.unflatten from inside a function mode.
     return x.unflatten(*args, **kwargs)

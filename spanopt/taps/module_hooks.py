@@ -1,4 +1,4 @@
-"""Module hooks that enter and leave a tap; neither a deep copy nor a pickle carries them along."""
+"""Module hooks that enter and leave a tap. They are not part of a model's deep copy or pickle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Enter", "Hook", "Leave", "NoteMasks", "Output", "Projected", "drop_i
 
 
 class Hook:
-    """A hook that neither a deep copy nor a pickle of the model carries along."""
+    """A hook that is left out of a deep copy and of a pickle of the model."""
 
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
@@ -34,7 +34,7 @@ class Enter(Hook):
     """A layer's forward pre-hook: its tap starts to watch."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Enter the tap where gradients are on.
+        """Enter the tap if the call has to be watched, as when gradients are on.
 
         Raises:
             RuntimeError: The model is being exported, and the program would lose the hooks.
@@ -59,8 +59,8 @@ class Leave(Hook):
         """Leave the tap, also after an exception."""
         if torch.is_grad_enabled():
             self.tap.account.note_result(self.tap.current_call(), result, self.tap.is_idle())
-        # Eagerly whatever the grad mode is by now, and whether or not the tap was entered: another
-        # pre-hook, put before ours, may have raised an exception.
+        # In eager code the tap is left in any case. The grad mode may have changed, and the tap may
+        # not have been entered, since another pre-hook may have raised an exception before ours.
         focused = self.tap.focus is not None and self.tap.current_call() is not None
         watched = torch.is_grad_enabled() or thread.probing or focused
         if watched or not torch.compiler.is_compiling():
@@ -68,7 +68,7 @@ class Leave(Hook):
 
 
 class Projected(Hook):
-    """A forward hook on a module of a layer that tells a call of the layer's forward by itself."""
+    """A forward hook on a module in a layer. It notices direct calls of the layer's forward."""
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
         """Note the module's result where it runs outside of a call of the layer."""
@@ -78,7 +78,7 @@ class Projected(Hook):
 
 
 class Output(Hook):
-    """A forward hook on a module whose output is Q or K: the tap puts nodes on the output."""
+    """A forward hook on a module whose output holds Q or K: the tap puts nodes on them."""
 
     def __init__(self, tap: ProjectionTap, projection: OutputLayout) -> None:
         super().__init__(tap)
@@ -91,10 +91,10 @@ class Output(Hook):
 
 
 class NoteMasks(NotedMasks):
-    """A forward pre-hook on a layer and each module around it: notes their padding masks.
+    """A forward pre-hook on a layer or a module around it. It notes the module's padding masks.
 
     Attributes:
-        masks: Those of the last call with gradients.
+        masks: The padding masks of the last call with gradients.
         is_needed: Whether the module takes arguments that may be padding masks.
     """
 
@@ -102,7 +102,7 @@ class NoteMasks(NotedMasks):
         super().__init__()
         try:
             parameters = dict(inspect.signature(module.forward).parameters)
-        except (TypeError, ValueError):  # a forward that is not written in Python
+        except (TypeError, ValueError):  # the forward is not written in Python
             parameters = {}
         self._names = tuple(parameters)
         self.is_needed: bool = any(
@@ -128,7 +128,7 @@ def drop_inert(module: nn.Module) -> None:
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-@constant_when_traced  # traced, it reads true in any compilation before torch 2.11
+@constant_when_traced  # before torch 2.11 it would be true in all code that is traced
 def _is_exporting() -> bool:
     """Return whether ``torch.export`` runs the layer, and not ``torch.compile``."""
     if hasattr(torch.compiler, "is_exporting"):

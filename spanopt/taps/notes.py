@@ -14,15 +14,15 @@ _T = TypeVar("_T")
 
 
 class Notes(Generic[_T]):
-    """What is known of tensors while a layer runs. It keeps none of them, and nothing is on them.
+    """What is known of tensors while a layer runs. It keeps no tensor alive and changes none.
 
-    A note goes by the identity of its tensor, as long as the tensor lives. Under ``torch.compile``
-    it is an entry of a list: Dynamo knows a tensor for itself again and knows no number for it, and
-    a list costs nothing once the code is compiled.
+    A note belongs to one tensor object, as long as that lives. Under ``torch.compile`` notes are in
+    a list. Dynamo can tell whether two tensors are the same object, but has no ``id`` for them. The
+    list costs nothing once the code is compiled.
 
     Attributes:
         noted: Tensor and note by the tensor's ``id``, in eager code. The tensor may have died, and
-            its ``id`` may be that of another object by now.
+            another object may have its ``id`` by now.
 
     Example:
         >>> notes = Notes()
@@ -40,18 +40,18 @@ class Notes(Generic[_T]):
         self._traced: list[tuple[Tensor, _T]] = []
 
     def of(self, x: Any) -> _T | None:
-        """Return the note on a tensor, ``None`` where there is none."""
+        """Return the note on a tensor, or ``None`` if it has none."""
         if self._traced:
             for other, note in self._traced:
                 if x is other:
                     return note
-        if torch.compiler.is_dynamo_compiling():  # traced code makes no guard on eager notes
+        if torch.compiler.is_dynamo_compiling():  # so that there is no guard on eager notes
             return None
         noted = self.noted.get(id(x))
         return noted[1] if noted is not None and noted[0]() is x else None
 
     def is_empty(self) -> bool:
-        """Return whether there is none."""
+        """Return whether there are no notes."""
         return not self._traced and (torch.compiler.is_dynamo_compiling() or not self.noted)
 
     def __setitem__(self, x: Tensor, note: _T) -> None:

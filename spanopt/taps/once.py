@@ -1,4 +1,4 @@
-"""Reading and judging a mask once, where the layers of a model share it."""
+"""Reading and judging a mask once, when several layers of a model share it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _last = _Last()
 
 
 def read_once(mask: Tensor, ndim: int) -> Read:
-    """Return what a mask shows; at once where the layer before was given the same mask.
+    """Return what a mask shows. If the mask is the one read last, that result is reused.
 
     Args:
-        mask: Boolean, true where attention is allowed, or a number, to be added to the scores.
+        mask: Boolean, true where attention is allowed; or numbers that are added to the scores.
         ndim: Number of dimensions of the scores.
 
     Returns:
-        What it shows, see :func:`spanopt.taps.masks.read`.
+        What the mask shows; see :func:`spanopt.taps.masks.read`.
 
     Example:
         >>> mask = torch.tensor([[[[True, False]]]])
@@ -57,7 +57,7 @@ def read_once(mask: Tensor, ndim: int) -> Read:
 def judge_once(
     read: Read, n: int, m: int, self_attention: bool, padding: list[Tensor]
 ) -> Verdict | None:
-    """Tell padding from real tokens; at once where the layer before asked the same.
+    """Tell padding from real tokens. If the last call asked the same, its result is reused.
 
     Args:
         read: What the masks show.

@@ -1,7 +1,7 @@
 """Projection tap: Q and K as the outputs of modules that the user names.
 
-For attention that runs in a kernel no other tap can see into. It sees Q and K as projected: before
-rotary embedding, QK-norm and anything else that the layer does to them.
+This tap is for attention in a kernel that no other tap can see into. It sees Q and K right after
+their projection: before rotary embedding, QK-norm and anything else that the layer does to them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ __all__ = ["ProjectionTap"]
 
 @not_compiled_alone
 class ProjectionTap(Tap):
-    """The tap of a layer whose Q and K are named; other taps find nothing in it.
+    """The tap of a layer for which the user names the modules that compute Q and K.
+
+    No other tap acts on such a layer.
 
     Attributes:
-        projections: Where Q and K are.
+        projections: The modules, and how Q and K lie in their outputs.
     """
 
     def __init__(
@@ -57,13 +59,13 @@ class ProjectionTap(Tap):
         """Put the node on a module's output.
 
         Args:
-            projection: The module.
+            projection: The module, and how Q and K lie in its output.
             output: Shape ``(..., N, features)``, or ``(N, B, features)`` where the projection is
                 not ``batch_first``.
 
         Returns:
-            A view of it, a copy where the layer changes it in place, or the output itself where
-            there is nothing to do.
+            A view of the output, a copy where the layer changes the output in place, or the output
+            itself where there is nothing to do.
 
         Raises:
             TypeError: The output is not a dense floating-point tensor.
@@ -102,7 +104,7 @@ class ProjectionTap(Tap):
         if idle or not (output.requires_grad and torch.is_grad_enabled()):
             return whole
         query, key = (sides.get(side, _Side()) for side in ("query", "key"))
-        thread.busy = True  # compiled code traces the backward here, where there is no call
+        thread.busy = True  # compiled code traces the backward here, outside of any call
         try:
             with keeping(place):
                 result = _ProjectionNode.apply(
@@ -123,7 +125,7 @@ class ProjectionTap(Tap):
             self._watch(watcher, projection, output.detach(), sides, result)
         if result.ndim > 2 and not projection.batch_first:
             result = result.transpose(0, 1)
-        # The layer then changes a tensor of its own, and the node keeps what spans.
+        # With the copy the layer changes a tensor of its own, and the node keeps Q and K unchanged.
         return result.clone() if projection.in_place else result
 
     def _watch(
@@ -134,7 +136,7 @@ class ProjectionTap(Tap):
         sides: dict[str, _Side],
         result: Tensor,
     ) -> None:
-        """Have a watcher told of the gradients of each side."""
+        """Arrange for a watcher to be told of the gradients of each side."""
 
         def note(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
             if inputs[0] is None or outputs[0] is None:
@@ -179,7 +181,7 @@ class ProjectionTap(Tap):
 
 
 class _Side(NamedTuple):
-    """What the node has to know of one side; by default the output holds nothing of it."""
+    """What the node has to know about one side. The default is for a side not in the output."""
 
     rescaling: Rescaling = Rescaling(mode="identity")
     tokens: Tokens = Tokens()
@@ -221,7 +223,7 @@ class _ProjectionNode(torch.autograd.Function):
             rescaling = ctx.query if side == "query" else ctx.key
             if rescaling.mode == "identity":
                 continue
-            # (..., blocks, count, N, d), of which (..., H, N, d) may be a copy.
+            # The shape is (..., blocks, count, N, d). Flattening it to (..., H, N, d) may copy.
             part, basis = (_heads(t, ctx.blocks, ctx.width, first, count) for t in (grad, x))
             mask, documents = tokens[side]
             scaled = rescaling(

@@ -71,7 +71,7 @@ def _multi_head_attention_forward(tap: Tap, func: Any, *args: Any, **kwargs: Any
     keys = appended(keys, (bound["bias_k"] is not None) + bool(bound["add_zero_attn"]))
     if not torch.compiler.is_compiling():
         args, kwargs = tap.account.weights.stand_in(args, kwargs)
-    # Only tensors, numbers and text pass through what torch.compile does not trace.
+    # A function that torch.compile does not trace takes only tensors, numbers and text.
     of_sides = (tap.query.pack(), tuple(queries)), (tap.key.pack(), tuple(keys))
     focused = None
     if tap.focus is not None:
@@ -94,7 +94,7 @@ def _real_tokens(tap: Tap, bound: dict[str, Any], same: bool) -> tuple[Tokens, T
     told: tuple[Tensor, Tensor] | None = None
     if (queries is None or keys is None) and tap.projects(*_sources(bound)):
         if padding is not None:
-            # What the layer is told to be padding is; the rest is a pattern of attention.
+            # key_padding_mask alone tells what is padding. attn_mask is a pattern of attention.
             real = _open(padding)[(None,) * (2 - padding.ndim)]
             every = real.new_ones(batch, query.shape[0])
             told = real if same else every, real
@@ -109,7 +109,7 @@ def _real_tokens(tap: Tap, bound: dict[str, Any], same: bool) -> tuple[Tokens, T
 
 
 def _open(mask: Tensor) -> Tensor:
-    """Return where a mask of ``nn.MultiheadAttention`` is open; boolean ones are true elsewhere."""
+    """Return where a mask of ``nn.MultiheadAttention`` is open: a boolean mask is false there."""
     return ~mask if mask.dtype == torch.bool else allowed(mask)
 
 
@@ -148,7 +148,7 @@ class _Side(NamedTuple):
 
 
 class _ScoreProduct(TorchFunctionMode):
-    """Puts the nodes on the first score product that it sees, and focuses on chosen keys."""
+    """Puts the nodes on the first score product that it sees, and applies focus."""
 
     def __init__(
         self,
@@ -205,7 +205,7 @@ class _ScoreProduct(TorchFunctionMode):
         return x.unflatten(0, (x.shape[0] // self.heads, self.heads))
 
     def _on(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Put the nodes on (batch, heads, N, d), and tell the real queries."""
+        """Put nodes on Q and K, (batch, heads, N, d). Return both and the mask of real queries."""
         queries, keys = real_tokens(
             query, key, None, (self.query.given, self.key.given), self.layer
         )

@@ -1,4 +1,4 @@
-"""Padding masks among the arguments of modules: what a model was told about its tokens."""
+"""Finding padding masks among the arguments of modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ["NotedMasks", "is_padding_name", "padding_masks"]
 
-# Parts of names that arguments have which are padding masks by the custom of the field.
+# An argument whose name contains one of these parts is usually a padding mask.
 _PARTS = ("pad", "attention_mask", "attn_mask")
 _OF = (
     *("", "input_", "src_", "source_", "tgt_", "target_", "encoder_", "decoder_"),
@@ -29,13 +29,13 @@ class NotedMasks:
 
 
 def is_padding_name(name: str) -> bool:
-    """Return whether an argument of this name is a padding mask if its shape is (batch, length).
+    """Return whether an argument of this name and of shape (batch, length) is a padding mask.
 
     Example:
         >>> is_padding_name("src_key_padding_mask"), is_padding_name("loss_mask")
         (True, False)
     """
-    # A list, as torch 2.6 traces no generator.
+    # This is a list, since torch 2.6 cannot trace a generator.
     return name in _NAMES or any([part in name for part in _PARTS])  # noqa: C419
 
 
@@ -46,7 +46,7 @@ def padding_masks(arguments: Iterable[tuple[str, object]]) -> list[Tensor]:
         arguments: Their names and values.
 
     Returns:
-        Those of the shape ``(batch, length)`` whose name is usual for a padding mask.
+        The arguments of shape ``(batch, length)`` whose name is usual for a padding mask.
 
     Example:
         >>> import torch

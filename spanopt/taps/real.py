@@ -1,4 +1,4 @@
-"""Which tokens of Q and K are real, as the nodes on them take it."""
+"""Which tokens of Q and K are real, in the form that their nodes take."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Tokens(NamedTuple):
         mask: Boolean, true at real tokens. Its shape is ``(B, L)`` for tokens as the user gives
             them, and broadcastable to ``(B, ..., L)`` for a node. ``None`` if all are real.
         documents: Positions of tokens by document, an integer tensor of the shape ``(T, L')`` for
-            T documents, see :func:`~spanopt.projection.rescale_by_document`. ``None`` if each
+            T documents; see :func:`~spanopt.projection.rescale_by_document`. ``None`` if each
             sequence has one span.
     """
 
@@ -40,21 +40,21 @@ def real_tokens(
     given: tuple[Tokens | None, Tokens | None] | None = None,
     layer: str = "",
 ) -> tuple[Tokens, Tokens]:
-    """Return the real tokens of Q and K, as their nodes take them.
+    """Return the real tokens of Q and K, in the form that their nodes take.
 
     Args:
         query: Shape ``(B, ..., N, d)`` or ``(N, d)``.
         key: Shape ``(B, ..., M, d)`` or ``(M, d)``.
         verdict: What the attention masks tell; ``None`` where they close nothing.
         given: Tokens of the queries and of the keys that the user gives, shape ``(B, L)``. A side
-            that is not ``None`` goes before the verdict.
+            that is not ``None`` takes precedence over the verdict.
         layer: Name of the layer, for the error.
 
     Returns:
         The real tokens for the node of Q and for the node of K.
 
     Raises:
-        ValueError: The user gives another number of sequences or of tokens than Q or K has.
+        ValueError: The user's tokens and Q or K differ in the number of sequences or of tokens.
 
     Example:
         >>> import torch
@@ -72,7 +72,7 @@ def real_tokens(
 
 
 def appended(tokens: Tokens, count: int) -> Tokens:
-    """Return tokens followed by others that are real and belong to no document.
+    """Append tokens to each sequence that are real and belong to no document.
 
     Args:
         tokens: The tokens of each sequence, shape ``(B, L)``.
@@ -168,13 +168,13 @@ def given_tokens(tokens: Tokens | None, shape: torch.Size, side: str, layer: str
 
 
 def _fit(real: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """Bring a mask (B, L), (B, 1) or (1, L) into the batch that Q or K of this shape has."""
+    """Bring a mask (B, L), (B, 1) or (1, L) into a form that broadcasts to Q or K."""
     if real is None:
         return None
     if len(shape) == 2:
         return real.any(0)
     rows, batch = len(real), shape[0]
-    if rows > batch:  # heads or sequences share this Q or K
+    if rows > batch:  # several heads or sequences share this Q or K
         real = real.unflatten(0, (batch, rows // batch)).any(1)
     elif 1 < rows < batch:  # heads are merged into the batch
         real = real.repeat_interleave(batch // rows, dim=0)

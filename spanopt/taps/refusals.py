@@ -20,7 +20,7 @@ def refuse(site: AttentionSite, **tensors: Tensor) -> None:
         **tensors: Tensors by name.
 
     Raises:
-        TypeError: One of them is nested, sparse or complex, or a part of what it should be.
+        TypeError: A tensor is nested, sparse or complex, or is only a part of Q or K.
     """
     for name, x in tensors.items():
         _refuse_part(site, name, x)
@@ -34,7 +34,7 @@ def refuse(site: AttentionSite, **tensors: Tensor) -> None:
 
 
 def _refuse_part(site: AttentionSite, name: str, x: Tensor) -> None:
-    """Refuse what is one process's part of a tensor, or spread where no node can go."""
+    """Refuse one process's part of a tensor, and a DTensor where the tap cannot put a node."""
     layer = f"layer {site.name!r}"
     if is_spread(x):
         if site.tap in declared and not declared[site.tap].dtensors:
@@ -62,14 +62,14 @@ def _refuse_part(site: AttentionSite, name: str, x: Tensor) -> None:
 
 
 def refuse_vmap(layer: str, *tensors: Tensor | None) -> None:
-    """Refuse tensors that don't tell whether they take part in differentiation.
+    """Refuse tensors of ``torch.vmap``, which do not show whether they have a gradient.
 
     Args:
         layer: Name of the layer.
         *tensors: Any tensors.
 
     Raises:
-        TypeError: One of them is batched by ``torch.vmap``.
+        TypeError: A tensor is batched by ``torch.vmap``.
     """
     if torch.compiler.is_compiling():
         return
@@ -82,16 +82,16 @@ def refuse_vmap(layer: str, *tensors: Tensor | None) -> None:
 
 
 def check_heads(layer: str, side: str, factors: Tensor, heads: int | None) -> None:
-    """Refuse a number of per-head values that is not the number of heads.
+    """Refuse per-head values whose number is not the number of heads.
 
     Args:
         layer: Name of the layer.
         side: ``"query"`` or ``"key"``.
         factors: Shape ``(2,)`` or ``(2, H)``.
-        heads: Number of heads of that side; 0 or ``None`` where they have no dimension.
+        heads: Number of heads of that side; 0 or ``None`` if heads have no dimension.
 
     Raises:
-        ValueError: It is another.
+        ValueError: The numbers differ.
     """
     if factors.ndim > 1 and factors.shape[1] != heads:
         raise ValueError(

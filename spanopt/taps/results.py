@@ -1,4 +1,4 @@
-"""What a module has returned: whether gradients come back through it, and by which nodes."""
+"""What a module has returned: whether gradients flow back through it, and by which nodes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ __all__ = ["may_carry_gradient", "may_train", "nodes_of"]
 
 
 def may_carry_gradient(value: Any) -> bool:
-    """Return whether a result has a tensor with a gradient, or what cannot be looked into."""
+    """Return whether a result has a tensor with a gradient, or may have one.
+
+    It may have one if it has no tensor, or contains an object that cannot be looked into.
+    """
     pending, tensors = [value], 0
     while pending:
         one = pending.pop()
@@ -32,7 +35,7 @@ def may_carry_gradient(value: Any) -> bool:
 def nodes_of(value: Any) -> list[Any] | None:
     """Return the autograd nodes of the tensors in what a module returned.
 
-    ``None`` if there is something in it that can't be looked into.
+    ``None`` if the result contains an object that cannot be looked into.
     """
     nodes: list[Any] = []
     pending = [value]
@@ -55,8 +58,9 @@ def may_train(nodes: Iterable[Any], inputs: Iterable[Any], parameters: list[nn.P
 
     Args:
         nodes: Nodes of the autograd graph.
-        inputs: Nodes at which not to go on, those of the layer's inputs.
-        parameters: The parameters. Where none of them is trained, nothing tells.
+        inputs: The nodes of the layer's inputs. The search stops at them.
+        parameters: The parameters. If none of them is trained, this cannot be told, and the result
+            is true.
     """
     wanted = {id(parameter) for parameter in parameters if parameter.requires_grad}
     if not wanted:
@@ -68,7 +72,7 @@ def may_train(nodes: Iterable[Any], inputs: Iterable[Any], parameters: list[nn.P
         if node is None or node in visited:
             continue
         visited.add(node)
-        # A checkpoint or a compiled graph uses parameters that are not among its inputs.
+        # A checkpoint or a compiled graph may use parameters that are not among its inputs.
         if isinstance(node, BackwardCFunction) or id(getattr(node, "variable", None)) in wanted:
             return True
         pending += [before for before, _ in node.next_functions]

@@ -1,4 +1,4 @@
-"""Which layer is running: the only file that walks Python frames."""
+"""Finding which layer is running. No other file of the package walks Python frames."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ __all__ = [
 ]
 
 _CALL: CodeType = nn.Module._call_impl.__code__
-# The functions that run a backward pass, and what they call the tensors that it begins at.
+# The functions that run a backward pass, with their arguments for the tensors it begins at.
 _ROOTS = {torch.autograd.backward.__code__: "tensors", torch.autograd.grad.__code__: "outputs"}
 
 
 class Place(NamedTuple):
-    """Where code runs, seen from a layer.
+    """Where code runs in relation to a layer.
 
     Attributes:
-        inside: The layer's forward pass is on this thread's stack, and no module of another model
-            lies between.
-        repeated: Activation checkpointing lies between. Backward will run this part again without
-            the layer, so its nodes must keep what they save.
+        inside: Whether the layer's forward pass is on this thread's stack, with no module of
+            another model between it and the code.
+        repeated: Whether activation checkpointing lies between. Backward will run this part again
+            without the layer, so its nodes must keep what they save.
     """
 
     inside: bool
@@ -45,11 +45,11 @@ class Place(NamedTuple):
 
 
 def calling_frame() -> tuple[FrameType | None, int]:
-    """Return the frame of the module call whose hook is running, and where it is in its code.
+    """Return the frame of the module call whose hook is running, and its position in its code.
 
-    A frame that an exception has left is no longer at that place: ``Module._call_impl`` catches
-    every exception and raises it again. ``None`` where it is another function that calls the hook,
-    or that function as ``torch.compile`` has rewritten it, which catches none.
+    A frame that an exception has left is no longer at that position, since ``Module._call_impl``
+    catches every exception and raises it again. The frame is ``None`` if another function calls
+    the hook, or ``_call_impl`` as ``torch.compile`` has rewritten it, which catches none.
     """
     frame: FrameType | None = sys._getframe(1)
     for _ in range(6):
@@ -64,18 +64,18 @@ def calling_frame() -> tuple[FrameType | None, int]:
 def is_over(frame: FrameType | None, at: int) -> bool:
     """Return whether an exception is known to have left a frame of :func:`calling_frame`.
 
-    ``torch.compile`` makes a guard of this. So code that it compiled for a layer that was running
-    is not taken for one that is not.
+    ``torch.compile`` makes a guard of this. So code that it compiled while the layer was running is
+    not used after the layer has ended.
     """
     return frame is not None and frame.f_lasti != at
 
 
 def place_in(module: nn.Module, frame: FrameType | None = None) -> Place:
-    """Return where the caller runs, seen from a layer.
+    """Return where the caller runs in relation to a layer.
 
     Args:
         module: The layer.
-        frame: That of its innermost call, if it is known.
+        frame: The frame of the layer's innermost call, if it is known.
     """
     repeated = forward = False
     known: nn.Module | None = module
@@ -96,8 +96,8 @@ def place_in(module: nn.Module, frame: FrameType | None = None) -> Place:
 def is_own(other: nn.Module, layer: nn.Module) -> bool:
     """Return whether what a module computes inside a layer is the layer's own computation.
 
-    It is for the layer and what it contains, for modules that have no parameters but the layer's,
-    and for those that contain the layer. A graph that ``torch.compile`` made has its nodes in it.
+    It is if the module is the layer, lies in it, contains it, or has no parameters but the layer's.
+    It is not if ``torch.compile`` made the module: such a graph already has its nodes in it.
     """
     if hasattr(other, "compile_subgraph_reason"):
         return False
@@ -110,7 +110,7 @@ def is_own(other: nn.Module, layer: nn.Module) -> bool:
 
 
 def calls_of(module: nn.Module) -> int:
-    """Return how many calls of the module this thread is inside of."""
+    """Return how many calls of the module are under way in this thread."""
     calls, forwards = 0, 0
     for name, owner, _ in _frames():
         if owner is module:
@@ -120,7 +120,7 @@ def calls_of(module: nn.Module) -> int:
 
 
 def calls_forward_directly(module: nn.Module, *, traced: bool = False) -> bool:
-    """Return whether this thread is inside of a module's forward, and not of a call of the module.
+    """Return whether this thread is in a module's forward that no call of the module made.
 
     Args:
         module: The module.
@@ -133,7 +133,7 @@ def calls_forward_directly(module: nn.Module, *, traced: bool = False) -> bool:
                 return False
             forward = forward or (name == "forward" and not (traced and frame is not None))
     if forward and traced:
-        # Compiled by itself, the forward may be run by calls of the module too.
+        # A forward that is compiled by itself may also be run by calls of the module.
         return all(owner is not module for _, owner, _ in _traced(_translators()[-1]))
     return forward
 
@@ -141,8 +141,8 @@ def calls_forward_directly(module: nn.Module, *, traced: bool = False) -> bool:
 def roots_of_backward() -> list[Any]:
     """Return the nodes of the autograd graph that the current backward pass begins at.
 
-    Where autograd has threads of its own for a device, those are the nodes of all backward passes
-    that other threads are in.
+    Autograd may run on a thread of its own for a device. Then these are the nodes of all backward
+    passes that other threads are in.
     """
     own = _roots_in(sys._getframe(1))
     if own is not None:
@@ -152,7 +152,7 @@ def roots_of_backward() -> list[Any]:
 
 
 def _roots_in(frame: FrameType | None) -> list[Any] | None:
-    """Return the nodes that the innermost backward pass of one thread begins at."""
+    """Return the nodes that a thread's innermost backward pass begins at; ``None`` without one."""
     while frame is not None:
         name = _ROOTS.get(frame.f_code)
         if name is not None:
@@ -165,26 +165,26 @@ def _roots_in(frame: FrameType | None) -> list[Any] | None:
 
 
 def is_checkpointed() -> bool:
-    """Return whether this thread is in a forward pass that will be repeated for the backward."""
+    """Return whether this thread is in a checkpoint that backward will run again."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is CheckpointFunction.forward.__code__:
-            # Without inputs that are trained nothing will be repeated.
+            # If no input needs a gradient, backward will not run it again.
             return bool(frame.f_locals["ctx"].next_functions)
         frame = frame.f_back
     return False
 
 
 def _frames() -> Iterator[tuple[str, nn.Module | None, FrameType | None]]:
-    """Yield function name and module of what this thread is inside of, innermost first.
+    """Yield function name, module and frame of the calls under way in this thread, innermost first.
 
-    Those are methods of modules, and activation checkpointing, which has no module. Where
-    ``torch.compile`` traces, what is being traced comes first, without frames.
+    These are the calls of modules' methods, and of activation checkpointing, which has no module.
+    What ``torch.compile`` is tracing has no frame. It comes before the calls around the tracer.
     """
     frame: FrameType | None = sys._getframe(1)
     traced: Any = None
     while frame is not None:
-        # By name: torch.compile replaces the code, and the name then only contains the old one.
+        # Names are compared, since torch.compile replaces the code. Its new name contains the old.
         code = frame.f_code
         name = code.co_name
         if code.co_argcount and code.co_varnames[0] == "self":
@@ -200,26 +200,27 @@ def _frames() -> Iterator[tuple[str, nn.Module | None, FrameType | None]]:
 
 
 def _traced(translator: Any) -> Iterator[tuple[str, nn.Module | None, FrameType | None]]:
-    """Yield the same of a frame that ``torch.compile`` is tracing."""
+    """Yield the same for a frame that ``torch.compile`` is tracing, if it has a module."""
     owner = getattr(_variable_of_self(translator), "value", None)
     if isinstance(owner, nn.Module):
         yield translator.f_code.co_name, owner, None
 
 
 def _variable_of_self(translator: Any) -> Any:
-    """Return what ``torch.compile`` knows of ``self`` in a frame that it is tracing."""
+    """Return Dynamo's variable for ``self`` in a frame that ``torch.compile`` is tracing."""
     variable = translator.symbolic_locals.get("self")
-    return getattr(variable, "_cache", variable)  # of a variable that is not looked at yet
+    return getattr(variable, "_cache", variable)  # Dynamo creates some variables lazily
 
 
 class TracedPlace(NamedTuple):
-    """Where code runs that ``torch.compile`` is tracing, seen from a layer.
+    """Where code that ``torch.compile`` is tracing runs in relation to a layer.
 
     Attributes:
-        inside: The layer's forward is on this thread's stack.
-        whole: The layer's call is being traced too. Otherwise it runs uncompiled and calls what is
-            being traced.
-        known: The compiled code will be run in this place only, or it may not break.
+        inside: Whether the layer's forward is on this thread's stack.
+        whole: Whether the layer's call is being traced too. If not, the layer runs uncompiled and
+            calls what is being traced.
+        known: Whether the place is settled: the compiled code will run here only, or no graph
+            break is allowed.
     """
 
     inside: bool
@@ -228,7 +229,7 @@ class TracedPlace(NamedTuple):
 
 
 def traced_place_in(module: nn.Module) -> TracedPlace:
-    """Return where the code runs that is being traced, seen from a layer.
+    """Return where the code that is being traced runs in relation to a layer.
 
     Args:
         module: The layer.
@@ -246,7 +247,7 @@ def traced_place_in(module: nn.Module) -> TracedPlace:
     if isinstance(getattr(variable, "value", None), nn.Module):
         from torch._dynamo.guards import GuardBuilder, install_guard
 
-        # A method of a module: as one of another module it may be called elsewhere.
+        # The code is a method of a module. The guard keeps it from running for other modules.
         install_guard(variable.source.make_guard(GuardBuilder.ID_MATCH))
         return TracedPlace(inside, False, True)
     can_break = not (getattr(whole, "one_graph", True) or _forbids_breaks(translators))
@@ -258,7 +259,7 @@ def _forbids_breaks(translators: list[Any]) -> bool:
 
 
 def _translators() -> list[Any]:
-    """Return what traces the frames that ``torch.compile`` is tracing, innermost first."""
+    """Return the tracers of the frames that ``torch.compile`` is tracing, innermost first."""
     frame: FrameType | None = sys._getframe(1)
     found: list[Any] = []
     while frame is not None:

@@ -1,4 +1,4 @@
-"""Putting the nodes on Q and K: their tokens, the other side, and who watches."""
+"""Putting the nodes on Q and K, with their tokens, the other side and the watcher."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def put_node(
     """Put the node on Q or K.
 
     Args:
-        rescaling: How its gradient is rescaled.
-        x: Shape ``(..., H, N, d)``.
+        rescaling: How the gradient of ``x`` is rescaled.
+        x: Q or K, shape ``(..., H, N, d)``.
         layer: Name of the layer.
         side: ``"query"`` or ``"key"``.
-        tokens: Its real tokens.
+        tokens: The real tokens of ``x``.
         other: The other side, where the setup needs it.
-        watcher: Who is told of the gradients, if anyone.
+        watcher: The watcher to tell of the gradients, if there is one.
 
     Returns:
         A view of ``x``, or ``x`` itself where there is nothing to do.
@@ -54,7 +54,7 @@ def put_node(
 def other_sides(
     setup: Setup, layer: str, query: Tensor, key: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return what a projection needs of the other side: for the query's node and the key's.
+    """Return the other side for the query's node and for the key's, where the setup needs it.
 
     Args:
         setup: The projection setup.
@@ -63,7 +63,7 @@ def other_sides(
         key: Shape ``(..., H', M, d)``.
 
     Raises:
-        ValueError: It does not go with these shapes.
+        ValueError: The setup cannot be used with these shapes.
     """
     if not setup.needs_other:
         return None, None

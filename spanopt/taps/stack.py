@@ -1,4 +1,4 @@
-"""Taps on a thread's stack of function modes: what is stale is taken off, also for the compiler."""
+"""Taps on a thread's stack of function modes: finding them, and taking stale ones off."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = [
 
 
 def remove_stale(entering: Any = None) -> None:
-    """Take taps off this thread's stack whose layer is not running any more.
+    """Take taps off this thread's stack if their layer is no longer running.
 
-    Module hooks are not called when a forward pass ends in a KeyboardInterrupt, as that of a
-    notebook cell, so the tap stays on the stack. Until it is taken off it passes calls through.
+    Module hooks are not called when a KeyboardInterrupt ends a forward pass, for example in a
+    notebook. The tap then stays on the stack. Until it is taken off, it passes calls through.
 
     Args:
-        entering: A tap whose layer is being called and that is not on the stack for it yet.
+        entering: A tap whose layer is being called, and which is not yet on the stack for that.
     """
     if torch.compiler.is_dynamo_compiling():
         return
@@ -45,15 +45,15 @@ def remove_stale(entering: Any = None) -> None:
 
 
 def _before_compilation(*args: Any) -> None:
-    """Take off stale taps, which would else be traced."""
+    """Take off stale taps, since they would be traced."""
     remove_stale()
 
 
 @constant_when_traced
 def traced_place(unique_name: str) -> int:
-    """Return what a tap must know of what is being traced: one of the numbers below.
+    """Return where the code that is being traced runs: one of the four numbers below.
 
-    A helper of :meth:`LayerMode.place`, which ``torch.compile`` calls as it traces it.
+    This is for :meth:`LayerMode.place`. ``torch.compile`` calls it while it traces that method.
     """
     before_compilations(_before_compilation)
     tap = taps_by_name.get(unique_name)
@@ -67,9 +67,9 @@ def traced_place(unique_name: str) -> int:
 
 @constant_when_traced
 def is_traced_directly(unique_name: str) -> bool:
-    """Return whether a layer's forward is being traced, and no call of the layer.
+    """Return whether a layer's forward is being traced without a call of the layer.
 
-    A helper of :meth:`Account.note_projected`, which ``torch.compile`` calls as it traces it.
+    This is for :meth:`Account.note_projected`. ``torch.compile`` calls it while it traces that.
     """
     tap = taps_by_name.get(unique_name)
     return tap is not None and calls_forward_directly(tap.site.module, traced=True)
@@ -79,7 +79,7 @@ OUTSIDE, INSIDE, OUTSIDE_PERHAPS, INSIDE_PERHAPS = range(4)
 
 
 def take_out(tap: Any) -> None:
-    """Take a tap off this thread's stack, wherever on it the tap is by now."""
+    """Take a tap off this thread's stack, wherever it lies there."""
     above = []
     while tap in _get_current_function_mode_stack():
         mode = _pop_mode()

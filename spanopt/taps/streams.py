@@ -1,8 +1,8 @@
 """What a tensor in a layer was computed from.
 
-Tells self-attention from cross-attention: in self-attention a padded key is also a padded query, in
-cross-attention it is not, and the attention call looks the same for both, also in its shapes. Tells
-also a mask from one that was computed from the scores, and a key from a weight.
+This tells self-attention from cross-attention. In self-attention a padded key is also a padded
+query; in cross-attention it is not. The attention call can look the same for both, shapes included.
+This also tells a mask from a tensor that was computed from the scores, and a key from a weight.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from spanopt.taps.notes import Notes
 
 __all__ = ["Streams"]
 
-_OF_SCORES = 1  # the bits of inputs come after it
+_OF_SCORES = 1  # the lowest bit; each input of the layer has one of the higher bits
 
-# Functions that take nothing but shape and type from their second argument, or from any.
+# Functions that take only the shape or the type from the arguments after the first.
 _SHAPED_AS = frozenset({"expand_as", "view_as", "reshape_as", "type_as", "to", "broadcast_to"})
-# Functions of a constant and a parameter whose result is no longer that parameter.
+# Products: the result of a constant and a parameter no longer counts as that parameter.
 _PRODUCTS = frozenset(
     {"linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum"}
     | {"addmm", "baddbmm", "tensordot", "conv1d", "conv2d", "conv3d"}
 )
 _SEVERAL = "parameters"
+# Functions that take only the shape or the type from any of their arguments.
 _NEW = frozenset(
     f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
 ) | frozenset({"new", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"})
@@ -40,14 +41,16 @@ class Streams:
 
     def __init__(self, arguments: Any) -> None:
         self._inputs = [x for x in _arguments(arguments) if x.is_floating_point()]
-        # Angles, temperatures and the like are of one side only at times, and have no gradient.
+        # Inputs without a gradient, such as angles or temperatures, may be used on one side only.
+        # They do not count as streams if any input has a gradient.
         trained = [x.requires_grad for x in self._inputs]
         self._streams = sum(
             _OF_SCORES << (1 + bit)
             for bit, requires_grad in enumerate(trained)
             if requires_grad or not any(trained)
         )
-        # By tensor: the bits of what it was computed from; or the parameter, where that is all.
+        # A tensor's note is the bits of the inputs that it was computed from. If it was computed
+        # from parameters alone, the note is that parameter, or _SEVERAL.
         self._notes: Notes[int | nn.Parameter | str] = Notes()
         if not torch.compiler.is_dynamo_compiling():
             for x in self._inputs:
@@ -58,11 +61,11 @@ class Streams:
         return [x.grad_fn for x in self._inputs if x.grad_fn is not None]
 
     def of(self, x: Tensor) -> int:
-        """Return the inputs that a tensor was computed from, a bit for each."""
+        """Return which inputs a tensor was computed from: one bit for each input."""
         return self._bits(x) & self._streams
 
     def _bits(self, x: Tensor) -> int:
-        # Traced code asks for the inputs themselves: notes of eager code are not read there.
+        # Traced code does not read the notes of eager code, so it compares with the inputs.
         if torch.compiler.is_dynamo_compiling():
             bit = self._input_bit(x)
             if bit:
@@ -83,11 +86,11 @@ class Streams:
         return bool(self._bits(x))
 
     def is_of_scores(self, x: Tensor) -> bool:
-        """Return whether a tensor was computed from a product of activations."""
+        """Return whether a tensor is, or was computed from, a product of activations."""
         return bool(self._bits(x) & _OF_SCORES)
 
     def may_be_of_scores(self, x: Any) -> bool:
-        """Return whether a tensor was, or for all that is known could be, computed from one."""
+        """Return whether a tensor may have been computed from a product of activations."""
         return isinstance(x, Tensor) and (self.is_of_scores(x) or not self._bits(x))
 
     def note_scores(self, x: Tensor) -> None:
@@ -95,11 +98,11 @@ class Streams:
         self._notes[x] = self._bits(x) | _OF_SCORES
 
     def is_weight(self, x: Tensor) -> bool:
-        """Return whether a tensor is a parameter, or that parameter normalised, cast and so on."""
+        """Return whether a tensor is one parameter, or was computed from one, as by a cast."""
         return isinstance(self._made_of(x), nn.Parameter)
 
     def _made_of(self, x: Tensor) -> nn.Parameter | str | None:
-        """Return what a tensor was computed from, if it is a parameter or several and no input."""
+        """Return the parameter (or ``_SEVERAL``) that alone made a tensor; otherwise ``None``."""
         if isinstance(x, nn.Parameter):
             return x
         note = self._notes.of(x)
@@ -108,13 +111,13 @@ class Streams:
     def are_one(self, x: Tensor, y: Tensor) -> bool:
         """Return whether two tensors were computed from the same inputs."""
         bits = [self._stream(x), self._stream(y)]
-        if not any(bits):  # neither is of what has a gradient
+        if not any(bits):  # neither tensor was computed from a stream
             bits = [self._bits(x) & ~_OF_SCORES, self._bits(y) & ~_OF_SCORES]
         return bits[0] != 0 and bits[0] == bits[1]
 
     def _stream(self, x: Tensor) -> int:
-        # The result of a function that is not seen, such as an autograd.Function or, compiled, a
-        # property like k.mT: with one input it is of that.
+        # Some functions are not seen: an autograd.Function, or in compiled code a property such
+        # as k.mT. If the layer has one input, the result was computed from that input.
         if len(self._inputs) == 1 and x.requires_grad and not self._bits(x):
             return 0 if self._made_of(x) is not None else self._streams
         return self.of(x)
@@ -132,7 +135,7 @@ class Streams:
         if not bits:
             self._follow_parameters(name, result, _tensors_in(given))
             return
-        # Without a result it is an assignment to a part of the first argument.
+        # A call without a result is an assignment to a part of the first argument.
         for x in _tensors_in(args[:1] if result is None else result):
             if self._input_bit(x) == 0:
                 self._notes[x] = bits | (self._bits(x) & _OF_SCORES)
@@ -144,7 +147,7 @@ class Streams:
             for x in _tensors_in(values):
                 bits |= self._bits(x)
             return bits
-        # Written out, as it runs for every function that a layer calls.
+        # This is written out for speed, since it runs for every function that a layer calls.
         noted = self._notes.noted
         for x in values.values() if isinstance(values, dict) else values:
             known = noted.get(id(x))
@@ -160,7 +163,7 @@ class Streams:
         made = [self._made_of(x) for x in given if not any(x is other for other in constants)]
         if not made or any(of is None for of in made):
             return
-        # Beside a weight a scale, a mask or noise may be there; indices would be a lookup.
+        # A scale, a mask or noise leaves a weight that weight. Indices would make it a lookup.
         kept = all(x.is_floating_point() or x.dtype == torch.bool for x in constants)
         if any(of is not made[0] for of in made) or not kept or (constants and name in _PRODUCTS):
             made[0] = _SEVERAL
@@ -173,7 +176,7 @@ class Streams:
 
 
 def _arguments(value: Any) -> list[Tensor]:
-    """Return the tensors in what a layer was called with, in objects such as a batch too."""
+    """Return the tensors that a layer was called with, also those in objects such as a batch."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (tuple, list)):
@@ -193,7 +196,7 @@ def _tensors_in(value: Any) -> list[Tensor]:
         value = list(value.values())
     found: list[Tensor] = []
     if isinstance(value, (tuple, list)):
-        for item in value:  # written out, as it runs for every function that a layer calls
+        for item in value:  # written out for speed: every function of a layer comes here
             if isinstance(item, Tensor):
                 found.append(item)
             elif isinstance(item, (tuple, list, dict)):

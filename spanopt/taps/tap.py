@@ -25,17 +25,17 @@ __all__ = ["Handler", "Tap"]
 
 
 class Tap(LayerMode):
-    """Puts nodes on Q and K of one attention layer: its scales, its tokens, and who is told.
+    """Holds what the nodes of one attention layer need: its scales, its tokens and its watcher.
 
     Attributes:
-        rescaling: How gradients are rescaled, beside the factors.
-        query: How those of the query side are. It is replaced, never changed, when the user edits
-            scales: a backward pass under way keeps what its forward pass had.
-        key: How those of the key side are.
-        verdicts: What the layer's attention masks tell of padding.
-        watcher: Who is told of Q, K and their gradients: see :meth:`watching`.
-        focus: Which keys the layer's queries keep; ``None`` if all of them.
-        held: Set when the scales are moved by a schedule: see :meth:`spanopt.SpanHooks.hold`.
+        rescaling: How gradients are rescaled, without the factors.
+        query: How the gradient of Q is rescaled. When the user edits scales, this object is
+            replaced and never changed, so a backward pass keeps what its forward pass had.
+        key: How the gradient of K is rescaled. It is replaced in the same way.
+        verdicts: What the layer's attention masks tell about padding.
+        watcher: The object that is told of Q, K and their gradients: see :meth:`watching`.
+        focus: The choice of keys that the layer's queries keep; ``None`` if they keep all.
+        held: Whether a schedule moves the scales: see :meth:`spanopt.SpanHooks.hold`.
     """
 
     query: Rescaling
@@ -64,8 +64,8 @@ class Tap(LayerMode):
 
         Raises:
             ValueError: The number of per-head values is not the layer's number of heads, or a
-                factor is not finite in the dtype of its parameters. The scales are then as they
-                were.
+                factor is not finite in the dtype of its parameters. The scales are then left
+                unchanged.
         """
         first = next(self.site.module.parameters(), None)
         dtype = None if first is None else first.dtype
@@ -83,10 +83,10 @@ class Tap(LayerMode):
         self.query, self.key = query, key
 
     def watching(self) -> Watcher | None:
-        """Return who is told of Q, K and their gradients, just now.
+        """Return the watcher to tell of Q, K and their gradients now, if there is one.
 
-        In compiled code it is nobody, as no Python is left there that could tell. There the
-        attribute is not read, so that nothing is compiled anew when somebody comes or goes.
+        Compiled code tells nobody, since no Python runs in it. It does not read the attribute
+        either, so that nothing is recompiled when a watcher comes or goes.
         """
         if torch.compiler.is_compiling() or self.watcher is None:
             return None
@@ -94,7 +94,7 @@ class Tap(LayerMode):
         return None if call is not None and call.unmeasured else self.watcher
 
     def forget_tokens(self) -> None:
-        """Forget the tokens and masks of past forward passes, as after an optimizer step."""
+        """Forget the tokens and masks of past forward passes. This runs after optimizer steps."""
         super().forget_tokens()
         self.verdicts.forget()
 
@@ -107,13 +107,13 @@ class Tap(LayerMode):
             tap: Name of the tap that reached them.
 
         Raises:
-            TypeError: A nested, sparse or complex tensor, or one of ``torch.vmap``.
+            TypeError: A tensor is nested, sparse or complex, or is batched by ``torch.vmap``.
             ValueError: The number of per-head values is not the number of heads.
         """
         self.site.tap = tap
         refuse(self.site, query=query, key=key)
         refuse_vmap(self.site.name, query, key)
-        # Without a dimension for them, heads are merged into the batch and can't be told apart.
+        # In 3 dimensions, heads are merged into the batch and cannot be told apart.
         heads, kv_heads = (math.prod(x.shape[1:-2]) if x.ndim > 3 else 0 for x in (query, key))
         self.mark(
             tap,
@@ -135,8 +135,8 @@ class Tap(LayerMode):
             self_attention: Whether queries and keys are the same tokens.
 
         Returns:
-            For the query and the key node. What :func:`spanopt.token_mask` says goes before what
-            the attention masks tell.
+            The tokens for the query's node and for the key's. What :func:`spanopt.token_mask`
+            says takes precedence over the attention masks.
 
         Raises:
             ValueError: ``token_mask`` was given a mask of another shape, or the attention mask
@@ -150,7 +150,7 @@ class Tap(LayerMode):
         return real_tokens(query, key, verdict, given, self.site.name)
 
     def judged(self, read: Read, n: int, m: int, self_attention: bool) -> Verdict | None:
-        """Tell real tokens by the attention masks.
+        """Find the real tokens from the attention masks.
 
         Args:
             read: What the masks show.
@@ -159,8 +159,9 @@ class Tap(LayerMode):
             self_attention: Whether queries and keys are the same tokens.
 
         Raises:
-            ValueError: The masks do not tell, and that can be read at once. In a layer that is
-                only measured nothing more is measured then.
+            ValueError: The masks do not tell which tokens are real, and this can be read
+                without waiting for a device. A layer that is only measured raises nothing; the
+                rest of its call is not measured.
         """
         verdict = self.verdicts.judged(read, n, m, self_attention)
         if verdict is None:
@@ -177,7 +178,7 @@ class Tap(LayerMode):
         """Return the tokens of queries and keys that :func:`spanopt.token_mask` gives.
 
         Raises:
-            ValueError: They are of several documents, and the projection is not the span's.
+            ValueError: They tell several documents apart, and the setup is not ``"span"``.
         """
         call = self.current_call()
         given = None if call is None else call.given
@@ -191,12 +192,12 @@ class Tap(LayerMode):
         return given
 
     def projects(self, *tensors: Tensor) -> bool:
-        """Whether a node on one of these will project, which is when real tokens matter."""
+        """Return whether a node on one of these needs the real tokens, to project or to measure."""
         project = self.query.projects() or self.key.projects() or self.watching() is not None
         return project and any(x.requires_grad for x in tensors) and torch.is_grad_enabled()
 
     def is_idle(self) -> bool:
-        """Whether no node is needed."""
+        """Return whether the layer needs no node."""
         return self.query.mode == self.key.mode == "identity" and self.watching() is None
 
     def mark(

@@ -1,4 +1,4 @@
-"""What taps tell whoever measures, as :class:`spanopt.SpanMonitor` does."""
+"""What taps tell watchers, the objects that measure. :class:`spanopt.SpanMonitor` has one."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Watched(NamedTuple):
 
 
 class Watcher(Protocol):
-    """Told of the attention calls of one optimizer step. Its methods raise nothing."""
+    """An object that is told of the attention calls of a step. Its methods raise nothing."""
 
     def gradients(self, watched: Watched, given: Tensor, rescaled: Tensor) -> None:
-        """Take note of a gradient before and after, both with the shape of ``watched.x``."""
+        """Take note of a gradient before and after rescaling; both shaped like ``watched.x``."""
         ...
 
     def scores(
@@ -55,7 +55,7 @@ class Watcher(Protocol):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> None:
-        """Take note of an attention whose weights are not seen.
+        """Take note of an attention call whose weights are not seen.
 
         The last five arguments are those of ``torch.nn.functional.scaled_dot_product_attention``.
 
@@ -64,10 +64,10 @@ class Watcher(Protocol):
             query: Shape ``(..., H, N, d)``.
             key: Shape ``(..., H', M, d)``.
             real: True at real queries, broadcastable to ``(..., H, N)``.
-            mask: Its ``attn_mask``.
+            mask: The ``attn_mask`` of the call.
             dropout_p: Probability of dropout.
             is_causal: Whether a query sees no later key.
-            scale: Factor of the scores; ``None`` for 1 / sqrt(d).
+            scale: What the scores are multiplied by; ``None`` for 1 / sqrt(d).
             enable_gqa: Whether several query heads share a key head.
         """
         ...
@@ -77,7 +77,7 @@ class Watcher(Protocol):
         ...
 
     def failed(self, layer: str, side: str | None, reason: str) -> None:
-        """Take note of what could not be measured, of one side or of the attention weights."""
+        """Take note that one side, or the attention weights, could not be measured, and why."""
         ...
 
     def ran(self, layer: str) -> None:
@@ -86,7 +86,7 @@ class Watcher(Protocol):
 
 
 class Watchers:
-    """Several watchers that are told the same.
+    """Passes on what it is told to several watchers.
 
     Args:
         watchers: The watchers.
@@ -122,13 +122,13 @@ class Watchers:
 
 
 def watch_node(watcher: Watcher, watched: Watched, node: Tensor) -> None:
-    """Have a watcher told of the gradients when they pass a node.
+    """Arrange for a watcher to be told of the gradients that pass a node.
 
     Args:
-        watcher: Who is told.
-        watched: What the node is on.
-        node: The tensor with the node on it. Its ``grad_fn`` has the gradient given as its first
-            output's, and the rescaled one as its first input's.
+        watcher: The watcher.
+        watched: The Q or K that the node is on.
+        node: The tensor with the node on it. In a hook on its ``grad_fn``, the first output has the
+            given gradient, and the first input has the rescaled one.
     """
     if is_spread(node):
         reason = "it is a DTensor, spread over processes, which is not measured"

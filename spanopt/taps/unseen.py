@@ -1,4 +1,4 @@
-"""Attention in an autograd graph that no node of the library is on, and whose weights it is."""
+"""Finding attention in an autograd graph that no node of the library is on, and its weights."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from spanopt.taps.graph import PRODUCTS, operation
 __all__ = ["SEEN", "unscaled_weights"]
 
 SEEN = "spanopt: seen"
-"""An entry in the ``metadata`` of nodes by which weights come into attention that was seen."""
+"""A key in the ``metadata`` of a node that passes weights to attention that was seen."""
 
 _SOFTMAX = frozenset({"softmax", "safe_softmax"})
 
 
 def unscaled_weights(roots: Iterable[Any], ends: Iterable[Any] = ()) -> frozenset[int]:
-    """Return the weights that make Q or K of attention which no node of the library is on.
+    """Return the weights that make Q or K of attention without a node of the library.
 
     Args:
-        roots: The nodes of the autograd graph to begin at.
-        ends: Nodes not to go beyond.
+        roots: The nodes of the autograd graph to start at.
+        ends: Nodes at which to stop.
 
     Returns:
         The ``id`` of each such parameter.
@@ -56,7 +56,7 @@ def _before(node: Any) -> Iterator[Any]:
 
 
 def _operands(node: Any) -> list[Any]:
-    """Return the nodes of Q and K where a node is that of attention."""
+    """Return the nodes of Q and K if a node is that of attention, and otherwise nothing."""
     name = node.name()
     if name.startswith("ScaledDotProduct"):
         return [before for before, _ in node.next_functions[:2] if before is not None]
@@ -68,14 +68,14 @@ def _operands(node: Any) -> list[Any]:
     operands = []
     for product in products:
         factors = [before for before, _ in product.next_functions[-2:] if before is not None]
-        # A product with a weight is a linear map, as in a classifier, and its result no scores.
+        # A product with a weight is a linear map, as in a classifier. Its result is not scores.
         if not any(next(_weights_behind(factor), None) is not None for factor in factors):
             operands += factors
     return operands
 
 
 def _may_be_unscaled(node: Any, products: list[Any]) -> bool:
-    """Collect the products before a node; return whether no node of the library lies between."""
+    """Collect the products before a node. Return whether no node of the library lies between."""
     visited: set[Any] = set()
     pending = [node]
     while pending:
@@ -94,14 +94,14 @@ def _may_be_unscaled(node: Any, products: list[Any]) -> bool:
 
 
 def _is_ours(node: Any) -> bool:
-    """Return whether a node is one of the library, or of compiled code, which may hold one."""
+    """Return whether a node is from the library, or from compiled code, which may contain one."""
     function = getattr(type(node), "_forward_cls", None)
     module = getattr(function, "__module__", None) or ""
     return module.startswith(("spanopt.", "torch._functorch.", "torch._dynamo."))
 
 
 def _weights(product: Any) -> Iterator[Any]:
-    """Yield the parameters that are factors or terms of a product, reshaped or cast or not."""
+    """Yield the parameters that are factors or terms of a product, also if reshaped or cast."""
     for before in _before(product):
         yield from _weights_behind(before)
 

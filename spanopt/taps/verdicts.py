@@ -1,4 +1,4 @@
-"""What one layer's attention masks tell of padding, and the refusal of those that do not tell."""
+"""What one layer's attention masks tell about padding, and the refusal of unclear masks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["Verdicts"]
 
 
 class Verdicts:
-    """Judges the masks of one layer, and remembers those that could not be read at once.
+    """Judges the masks of one layer, and remembers the verdicts that could not be read at once.
 
     Args:
         layer: Name of the layer.
 
     Attributes:
         noted: The padding masks that the layer and the modules around it were last called with.
-        deferred: Set when a mask was judged where its values could not be read at once.
-        unclear: Above 0 if such a mask has to be refused: an integer, shape ``(1,)``, changed in
-            place. A tensor, as only the device knows.
+        deferred: Whether a mask was judged whose values could not be read at once.
+        unclear: How many such masks have to be refused: an integer tensor, shape ``(1,)``, changed
+            in place. It is on the device, so that counting does not wait for the device.
     """
 
     def __init__(self, layer: str) -> None:
@@ -38,12 +38,12 @@ class Verdicts:
         self.unclear: Tensor = _counter(torch.device("cpu"))
 
     def count_on(self, device: torch.device) -> None:
-        """Count unclear masks on a device, from now on."""
+        """From now on, count unclear masks on this device."""
         if self.unclear.device != device:
             self.unclear = _counter(device)
 
     def forget(self) -> None:
-        """Forget the masks of past forward passes, as after an optimizer step."""
+        """Forget the masks of past forward passes. This runs after each optimizer step."""
         for noted in self.noted:
             noted.masks = []
         if self.deferred:
@@ -51,7 +51,7 @@ class Verdicts:
             self.unclear.zero_()
 
     def judged(self, read: Read, n: int, m: int, self_attention: bool) -> Verdict | None:
-        """Tell real tokens by the attention masks, see :func:`~spanopt.taps.masks.judge`.
+        """Find the real tokens from the masks; see :func:`~spanopt.taps.masks.judge`.
 
         Args:
             read: What the masks show.
@@ -61,7 +61,7 @@ class Verdicts:
         """
         if not read:
             return None
-        masks: dict[int, Tensor] = {}  # by identity, as modules hand a mask on
+        masks: dict[int, Tensor] = {}  # by identity, since modules pass the same mask on
         for noted in self.noted:
             for mask in noted.masks:
                 masks[id(mask)] = mask
@@ -71,11 +71,11 @@ class Verdicts:
         """Refuse masks that do not tell which tokens are real.
 
         Args:
-            verdict: What they tell.
+            verdict: What the masks tell.
 
         Raises:
-            ValueError: They do not. Where that can't be read without waiting for a device,
-                ``unclear`` is raised instead.
+            ValueError: The masks do not tell. If reading this would wait for a device, nothing is
+                raised and ``unclear`` is increased instead.
         """
         if can_be_read(verdict.refused):
             if bool(verdict.refused):
@@ -85,18 +85,20 @@ class Verdicts:
         if is_spread(refused):
             refused = refused.full_tensor()
         if not torch.compiler.is_compiling() and (type(refused) is not Tensor or refused.is_meta):
-            return  # it has no values
+            return  # the tensor has no values
         self.count_on(refused.device)  # the layer may have been moved after it was hooked
         self.unclear.add_(refused)
         self.deferred = True
 
     def leave_unmeasured(self, verdict: Verdict, call: Call | None, watcher: Watcher) -> None:
-        """Have nothing more measured in a call whose masks do not tell which tokens are real.
+        """Stop measuring in a call whose masks do not tell which tokens are real.
+
+        This waits for the device of the verdict.
 
         Args:
-            verdict: What they tell. This waits for its device.
+            verdict: What the masks tell.
             call: The call of the layer.
-            watcher: Who is told that nothing is measured, and why.
+            watcher: The watcher to tell that nothing is measured, and why.
         """
         refused = verdict.refused
         if call is None or type(refused) is not Tensor or refused.is_meta or not bool(refused):
@@ -108,10 +110,10 @@ class Verdicts:
 
 
 def _counter(device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # it outlives such a block
+    with torch.inference_mode(False):  # the tensor outlives such a block
         counter: Any = torch.zeros(1, dtype=torch.int64, device=device)
-    # As of torch._dynamo.mark_static_address, whose import takes seconds: CUDA graphs take inputs
-    # that change in place only at addresses that do not.
+    # This is what torch._dynamo.mark_static_address does, but importing that takes seconds. CUDA
+    # graphs accept an input that changes in place only if its address is fixed.
     counter._dynamo_static_input_type = "unguarded"
     result: Tensor = counter
     return result

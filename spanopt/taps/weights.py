@@ -1,4 +1,4 @@
-"""Noticing a use of a layer past the hooks by the gradients that come to its own weights."""
+"""Noticing that a layer was used past the hooks, by the gradients that reach its own weights."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ __all__ = ["OwnWeights"]
 
 
 class OwnWeights:
-    """The weights that make a layer's Q and K, where no module's call shows that they are used.
+    """The weights that make a layer's Q and K, watched in case no module's call shows their use.
 
-    A hook on one of them is called when a backward pass has its gradient. If that did not all come
-    from calls that were seen, the graph of the backward pass is searched for attention over these
-    weights that no node is on. Attention in compiled code and in kernels is not found there.
+    A hook on one of the weights is called when a backward pass has its gradient. If calls that were
+    seen did not account for all of it, the graph of the backward pass is searched for attention
+    over these weights without a node. Attention in compiled code and in kernels is not found there.
 
     Args:
-        parameters: The weights, which no other layer has.
-        needed: Whether no module's call is known to show that they are used. If one is, they are
-            watched for the first step only, unless :meth:`note_call` tells otherwise.
+        parameters: The weights. No other layer has them.
+        needed: Whether no module's call is known to show that they are used. If one is known, they
+            are watched for the first step only, unless :meth:`note_call` is called.
 
     Attributes:
         found: A backward pass went through attention over these weights that was not seen.
-        unsure: Attention was seen that needs no node, as it does where all scales are 1. In the
-            autograd graph it looks like attention that was not seen, which is then not looked for.
+        unsure: Attention was seen that looks unseen in the autograd graph, as where all scales are
+            1 and there are no nodes. Then unseen attention is not looked for.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter] = (), needed: bool = False) -> None:
@@ -67,7 +67,7 @@ class OwnWeights:
             self.remove()
 
     def forget(self) -> None:
-        """Forget what came from calls that were seen, as after an optimizer step."""
+        """Forget what came from calls that were seen. This runs after each optimizer step."""
         self.found = self.unsure = False
         self._alias = None
         self._delivered.clear()
@@ -78,7 +78,7 @@ class OwnWeights:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of an attention call, with a view in place of the watched weight.
 
-        What comes to the weight by way of the view comes from a call that was seen.
+        The gradient that reaches the weight through the view comes from a call that was seen.
         """
         weight = self.watch()
         if weight is None or not torch.is_grad_enabled():
@@ -93,7 +93,7 @@ class OwnWeights:
         )
 
     def _view_of(self, weight: nn.Parameter) -> Tensor:
-        """Return a view for all calls until the weight changes: one node has all their gradient."""
+        """Return one view for all calls until the weight changes. One node gets its gradient."""
         state = weight._version, weight.untyped_storage()._cdata
         if self._alias is not None and self._alias[1:] == state:
             return self._alias[0]
@@ -101,7 +101,7 @@ class OwnWeights:
         node: Any = alias.grad_fn
         node.metadata[SEEN] = True
         node.register_hook(_Delivery(self._delivered))
-        # Where nothing is computed, as under a FakeTensorMode, it must not be kept.
+        # A view that holds no values, as under a FakeTensorMode, must not be kept.
         if type(alias) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(alias):
             self._alias = alias, *state
         return alias
@@ -110,8 +110,8 @@ class OwnWeights:
         """Note a call of the layer in which attention was seen.
 
         Args:
-            nodes: The nodes in the autograd graph of what it returned.
-            inputs: Those of its inputs.
+            nodes: The autograd nodes of what the call returned.
+            inputs: The autograd nodes of its inputs.
         """
         self._needed = True
         self.watch()
@@ -146,7 +146,7 @@ class _Arrival:
 
 
 class _Delivery:
-    """A hook on the node of a stand-in: keeps its gradient until that has come to the weight."""
+    """A hook on the node of a view: it keeps the gradient until that has reached the weight."""
 
     def __init__(self, delivered: dict[int, Tensor]) -> None:
         self.delivered = delivered
@@ -160,7 +160,7 @@ _last: tuple[int, frozenset[int]] = -1, frozenset()
 
 
 def _unscaled_in(task: int) -> frozenset[int]:
-    """Return the weights of unscaled attention in the graph of a backward pass, searched once."""
+    """Return the weights of unscaled attention in a backward pass. Its graph is searched once."""
     global _last
     last = _last
     if last[0] != task:

@@ -1,9 +1,10 @@
 """Softmax tap: attention written out by hand, as a product of Q and K that reaches a softmax.
 
-When two activations are multiplied nobody knows yet whether the product will be attention scores.
-So switched nodes are put on both, the product is followed through scaling, masking, casts and
-reshapes, and a softmax over it turns them on. What the softmax normalises over are the keys. A
-product that reaches no softmax, or by a way that is not followed, is left alone.
+When two activations are multiplied, it is not known yet whether the product will be attention
+scores. So the tap puts switched nodes on both and follows the product through scaling, masking,
+casts and reshapes. A softmax over the product turns the nodes on. The axis that the softmax
+normalises over holds the keys. A product is left alone if it reaches no softmax, or if a function
+on the way is not followed.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _RESHAPED = (
 )
 
 
-# Arguments that may be given by name, in the order in which functions have them.
+# Arguments that may be given by name, in the order in which the functions take them.
 _NAMES = (
     "condition", "tensors", "input", "weight", "other", "mat2", "batch1", "batch2", "dims", "dim0",
     "dim1", "axis0", "axis1", "mask", "value",
@@ -65,7 +66,7 @@ def _by_position(handler: Handler) -> Handler:
 
 
 def _with_scores(handler: Handler) -> Handler:
-    """Spare calls the handler as long as there are no scores, as where they are never seen."""
+    """Return a handler that does nothing in a call of the layer without scores, to save time."""
 
     def handle(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         call = tap.current_call()
@@ -98,7 +99,7 @@ _BY_NAME: dict[str, Handler] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
     "softmax": softmax,
 }
-# Where scores come from or are missed; the others only follow them.
+# These handlers make scores, or notice that scores were missed. The others only follow scores.
 _SOURCES = (matmul, bmm, einsum, softmax)
 HANDLERS = {
     name: _by_position(handler) if handler in _SOURCES else _with_scores(_by_position(handler))

@@ -1,7 +1,7 @@
 """Axes of a score matrix: which dimensions hold the tokens of each side, on the way to a softmax.
 
 The tokens of one side may be spread over several dimensions, such as the rows and columns of an
-image. Dimensions are counted from the end, as batch dimensions come and go in front.
+image. Dimensions are counted from the end, since batch dimensions may be added or removed in front.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 __all__ = ["PLAIN", "Axes", "in_order", "permuted", "reshaped", "tail", "turned"]
 
 Axes: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]"
-"""Dimensions of the left operand's tokens, of the right operand's, and of the heads where these
-come before the batch (empty where they follow it, as usual)."""
+"""The dimensions of the left operand's tokens, of the right operand's, and of the heads.
+Those of the heads are given only where heads come before the batch. Usually they come after it."""
 
 PLAIN: Axes = ((-2,), (-1,), ())
 
@@ -31,7 +31,7 @@ def turned(axes: Axes) -> Axes:
 
 
 def tail(axes: Axes) -> int:
-    """Return how many dimensions at the end hold everything that is known.
+    """Return how many dimensions at the end contain all the axes.
 
     Example:
         >>> tail(PLAIN)
@@ -44,7 +44,7 @@ def permuted(axes: Axes, order: Sequence[int]) -> Axes:
     """Return the axes after a permutation of all dimensions.
 
     Args:
-        axes: Before.
+        axes: The axes before.
         order: The old dimension at each new place, counted from the front.
 
     Example:
@@ -62,12 +62,12 @@ def reshaped(axes: Axes, old: Sequence[int], new: Sequence[int]) -> Axes | None:
     """Return the axes after a change of shape that keeps the order of the entries.
 
     Args:
-        axes: Before.
+        axes: The axes before.
         old: The shape before.
-        new: The shape afterwards, of as many entries.
+        new: The shape afterwards.
 
     Returns:
-        The axes; ``None`` where the tokens of a side are in one dimension with something else.
+        The axes; ``None`` where the tokens of a side share a dimension with something else.
 
     Example:
         >>> reshaped(PLAIN, (2, 6, 4), (2, 2, 3, 4))  # queries by rows and columns
@@ -110,7 +110,7 @@ def _regrouped(
 
 
 def _count(sizes: Sequence[int]) -> int:
-    """Return the product of sizes; torch.compile traces this where it does not trace math.prod."""
+    """Return the product of sizes. ``torch.compile`` can trace this, but not ``math.prod``."""
     count = 1
     for size in sizes:
         count = count * size
@@ -126,8 +126,8 @@ def in_order(x: Tensor, axes: Axes, shape: Sequence[int]) -> Tensor:
         shape: Shape of the scores.
 
     Returns:
-        A view, or a copy where several dimensions became one. Where no size is needed, dimensions
-        of size 1 stay so.
+        A view, or a copy where several dimensions became one. Dimensions of size 1 keep that size
+        where this is possible.
 
     Example:
         >>> import torch
@@ -137,7 +137,7 @@ def in_order(x: Tensor, axes: Axes, shape: Sequence[int]) -> Tensor:
     x = x[(None,) * (len(shape) - x.ndim)]
     left, right, heads = ([axis + x.ndim for axis in group] for group in axes)
     rest = [i for i in range(x.ndim) if i not in (*left, *right, *heads)]
-    # The dimensions in front of the heads are those of the batch: one, as the nodes have it.
+    # The other dimensions are those of the batch. They become one, which is the form nodes take.
     groups = [rest, heads, left, right] if heads else [*([i] for i in rest), left, right]
     sizes = []
     for group in groups:

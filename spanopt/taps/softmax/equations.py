@@ -14,7 +14,8 @@ __all__ = ["Layout", "layouts_of", "terms_of"]
 def terms_of(equation: Any, left: Any, right: Any) -> tuple[str, str, str] | None:
     """Return the letters of both operands of an einsum and of its result.
 
-    The dimensions of an ellipsis are named by digits, aligned at the last.
+    A digit stands for each dimension of an ellipsis. Digits are matched from the last dimension.
+    ``None`` where the equation has no arrow or not two operands.
     """
     if not all(isinstance(x, Tensor) for x in (left, right)) or not isinstance(equation, str):
         return None
@@ -31,10 +32,10 @@ def terms_of(equation: Any, left: Any, right: Any) -> tuple[str, str, str] | Non
 
 
 class Layout(NamedTuple):
-    """How an operand of an einsum becomes (B, ..., N, d).
+    """How an operand of an einsum is brought into the shape (B, ..., N, d).
 
     Attributes:
-        groups: Its dimensions, in the order wanted; those of a group become one.
+        groups: Its dimensions in the new order. The dimensions of one group become one dimension.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -48,7 +49,7 @@ class Layout(NamedTuple):
         return y
 
     def lay_back(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return such a tensor in the layout of the operand x."""
+        """Return a tensor (B, ..., N, d) in the layout of the operand x."""
         order = [i for group in self.groups for i in group]
         if len(order) > len(self.groups):
             y = y.reshape([x.shape[i] for i in order])
@@ -58,9 +59,9 @@ class Layout(NamedTuple):
 def layouts_of(left: str, right: str, out: str) -> tuple[Layout, Layout, Axes] | None:
     """Return how the operands of an einsum become (B, ..., N, d), and the axes of the tokens.
 
-    ``None`` where it is no product of queries and keys: a batch of outer products over tokens.
-    Several contracted dimensions are one set of features, such as those of all rows in attention
-    that is tied over the rows of an alignment.
+    ``None`` where it is no product of queries and keys. Such a product has a batch dimension, a
+    contracted one, and one dimension of tokens on each side. Several contracted dimensions count as
+    one set of features, as in attention that is tied over the rows of an alignment.
     """
     contracted = [c for c in left if c in right and c not in out]
     kept = [c for c in left + right if c not in contracted]
@@ -71,7 +72,7 @@ def layouts_of(left: str, right: str, out: str) -> tuple[Layout, Layout, Axes] |
     tokens = []
     for own, other in ((left, right), (right, left)):
         only = [c for c in out if c in own and c not in other and not c.isdigit()]
-        # Keys that all heads share leave two such letters, of which h or g is that of the heads.
+        # If all heads share the keys, two letters are left. Then h or g stands for the heads.
         only = [c for c in only if c not in "hg"] or only
         if len(only) != 1:
             return None

@@ -1,4 +1,4 @@
-"""The way from a product to its softmax: functions of single scores, and other shapes."""
+"""Following scores from their product to a softmax: elementwise functions and changes of shape."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def elementwise(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _keeps_axes(tap: Tap, result: Any, args: Any, scores: Scores) -> bool:
-    """Whether the axes of the scores are where they were, at the end of the same size."""
+    """Return whether the dimensions that hold the axes of the scores have kept their sizes."""
     if not isinstance(result, Tensor):
         return False
     x = next(x for x in args if scores_of(tap, x) is scores)
@@ -56,7 +56,7 @@ def reshape(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def getitem(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Take all of the scores, with further dimensions of size 1."""
+    """Follow an index that takes all of the scores and may add dimensions of size 1."""
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     for part in index:
         if not (part is None or part is ... or (isinstance(part, slice) and part == slice(None))):
@@ -87,14 +87,14 @@ def permute(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def get(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Take the transpose, which is a property; torch.compile does not show properties."""
+    """Follow the property ``mT``, the transpose. ``torch.compile`` does not show properties."""
     if getattr(getattr(func, "__self__", None), "__name__", "") == "mT":
         return permute(tap, func, *args, **kwargs)
     return func(*args, **kwargs)
 
 
 def cat(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Follow further keys that are put before or after those of the scores, such as a sink."""
+    """Follow scores to which those of further keys are joined, such as an attention sink."""
     result = func(*args, **kwargs)
     tensors = args[0] if isinstance(args[0], (list, tuple)) else ()
     found = [scores for scores in (scores_of(tap, x) for x in tensors) if scores is not None]
@@ -106,7 +106,7 @@ def cat(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def forget(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Change the order of the axes in place."""
+    """Stop following scores that are reshaped, reordered or overwritten in place."""
     result = func(*args, **kwargs)
     call = tap.current_call()
     if call is not None and scores_of(tap, args[0]) is not None:

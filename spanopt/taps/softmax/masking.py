@@ -1,4 +1,4 @@
-"""Masks on scores, by addition, by filling and by assignment: what they tell of padding."""
+"""Masks on scores, by addition, by filling and by assignment: what they tell about padding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sub(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     if scores is None or len(args) < 2 or not isinstance(args[1], Tensor):
         return result
     if scores_of(tap, args[1]) is None and args[1].ndim and args[1].shape[-1] > 1:
-        mask = -args[1].detach() * kwargs.get("alpha", 1)  # it is no maximum of each row
+        mask = -args[1].detach() * kwargs.get("alpha", 1)  # not the maximum of each row
         note_mask(tap, result, allowed(mask), args[1])
     return result
 
@@ -49,7 +49,7 @@ def masked_fill(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def where(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Follow scores that are taken where a condition holds."""
+    """Follow ``where``, which keeps scores at some places and puts other values at the rest."""
     result = elementwise(tap, func, *args, **kwargs)
     if scores_of(tap, result) is not None and len(args) == 3:
         # torch.where(condition, x, y) or x.where(condition, y)
@@ -62,7 +62,7 @@ def where(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def setitem(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Follow an assignment to the scores that a boolean index selects."""
+    """Follow an assignment to those scores that a boolean index selects."""
     func(*args, **kwargs)
     x, index, value = args
     scores = scores_of(tap, x)
@@ -72,11 +72,11 @@ def setitem(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def note_mask(tap: Tap, x: Tensor, allowed: Tensor, source: Tensor) -> None:
-    """Note that the scores x are masked, by what was computed from ``source``."""
+    """Note that the scores x are masked; ``allowed`` was computed from the mask ``source``."""
     scores = scores_of(tap, x)
     if scores is None or scores.widened or tap.streams().is_of_scores(source):
         return
-    products = scores.products  # torch 2.6 traces no slice of one
+    products = scores.products  # torch 2.6 cannot trace a slice of this tuple
     if not any([one.left.switches or one.right.switches for one in products]):  # noqa: C419
         return
     allowed = in_order(allowed, scores.axes, x.shape)

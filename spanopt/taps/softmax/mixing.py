@@ -1,4 +1,4 @@
-"""Mixing of heads: each entry of the result is of the same query and key as before."""
+"""Mixing of heads: an entry of the result comes from scores of one query and one key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["convolution", "linear", "mixed_by_einsum", "mixed_by_product"]
 def mixed_by_einsum(
     tap: Tap, terms: tuple[str, str, str], left: Tensor, right: Tensor
 ) -> Scores | None:
-    """Return what is known of the scores that an einsum makes of others, if it does."""
+    """Return what is known of an einsum's result, if the einsum mixes the heads of scores."""
     own, other, out = terms
     scores = scores_of(tap, left)
     if scores is None:
@@ -35,7 +35,7 @@ def mixed_by_einsum(
 
 
 def mixed_by_product(tap: Tap, left: Any, right: Any) -> Scores | None:
-    """Return what is known of the product of scores with a matrix of other dimensions."""
+    """Return what is known of a product that contracts scores over no dimension of tokens."""
     if not all(isinstance(x, Tensor) and x.ndim > 1 for x in (left, right)):
         return None
     for x, contracted in ((left, -1), (right, -2)):
@@ -48,7 +48,7 @@ def mixed_by_product(tap: Tap, left: Any, right: Any) -> Scores | None:
 
 
 def linear(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Mix heads that are the last dimension."""
+    """Follow a linear map of scores whose last dimension is the heads."""
     result = func(*args, **kwargs)
     scores = scores_of(tap, args[0])
     if scores is not None and -1 not in (*scores.axes[0], *scores.axes[1]):
@@ -57,7 +57,7 @@ def linear(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def convolution(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Mix heads that are channels."""
+    """Follow a convolution with kernels of size 1 over scores whose channels are the heads."""
     result = func(*args, **kwargs)
     scores, x, weight = scores_of(tap, args[0]), *args[:2]
     space = weight.ndim - 2

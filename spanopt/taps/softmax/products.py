@@ -1,4 +1,4 @@
-"""Products of two activations, where scores come from: matmul, bmm and einsum."""
+"""Products of two activations, by matmul, bmm and einsum. Scores come from these."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def matmul(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _as_multiplied(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Make the copies that matmul makes and saves for backward, so that nodes save no others."""
+    """Make the copies that matmul would make and save, so that nodes save these and no others."""
     if left.ndim < 4 or left.shape[:-2] != right.shape[:-2]:
         return left, right
     batch = left.shape[:-2].numel()
@@ -56,7 +56,7 @@ def _as_multiplied(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bmm(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Multiply two batches of matrices with nodes on them; a summand may be a mask."""
+    """Multiply two batches of matrices with nodes on them. What baddbmm adds may be a mask."""
     place = _place_of_attention(tap, *args[-2:]) if len(args) > 1 else None
     if place is None:
         return func(*args, **kwargs)
@@ -93,15 +93,15 @@ def einsum(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _place_of_attention(tap: Tap, left: Any, right: Any) -> Place | None:
-    """Return where a product is made if it may be that of Q and K, else ``None``."""
+    """Return the place of a product if it may be that of Q and K, otherwise ``None``."""
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return None
     for x in (left, right):
         scores = scores_of(tap, x)
         if scores is None:
             continue
-        # The softmax's result, times the values; or scores, which are no queries. Queries may be a
-        # product themselves, such as one with a rotation, which no input is in.
+        # Attention weights are multiplied by values, and scores are not queries. But queries may
+        # themselves be a product, such as one with a rotation that no input went into.
         if not scores.products or any(product.of_inputs for product in scores.products):
             return None
     place = tap.place()
@@ -109,13 +109,13 @@ def _place_of_attention(tap: Tap, left: Any, right: Any) -> Place | None:
         return None
     for x in (left, right):
         if x.is_nested or x.layout != torch.strided:
-            _note_multiplied(tap)  # so that the layer is reported as one that was not scaled
+            _note_multiplied(tap)  # so that the layer is reported as unscaled
             return None
     if not left.is_floating_point() or not right.is_floating_point():
         return None
     streams = tap.streams()
-    # Against a parameter it is a linear map, and against a matrix without a batch dimension,
-    # unless both were computed from what the layer was called with.
+    # A product with a parameter is a linear map. So is one with a matrix that has no batch
+    # dimension, unless both matrices were computed from inputs of the layer.
     if streams.is_weight(right):
         return None
     if min(left.ndim, right.ndim) < 3 and not (
@@ -133,7 +133,7 @@ def _note_multiplied(tap: Tap) -> None:
 
 
 def _product(tap: Tap, place: Place, left: Tensor, right: Tensor, x: Tensor, y: Tensor) -> Product:
-    """Put nodes on x (..., N, d) and y (..., M, d), which are views of left and right."""
+    """Put nodes on x (..., N, d) and y (..., M, d), which hold the entries of left and right."""
     of_left, of_right = tap.given() or (None, None)
     same = tap.is_self_attention(left, right) and x.shape[-2] == y.shape[-2]
     of_x = of_y = None

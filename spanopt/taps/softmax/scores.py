@@ -1,4 +1,4 @@
-"""What is known of score matrices while a layer runs: where they came from and how they lie."""
+"""What is known of score matrices while a layer runs: their products, axes and masks."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Operand(NamedTuple):
     """One side of a product.
 
     Attributes:
-        x: Shape ``(B, ..., L, d)``.
-        node: The same with a node on it.
-        switches: Those of the node; ``None`` where there is nothing to do.
+        x: The tensor, shape ``(B, ..., L, d)``.
+        node: The tensor with a switched node on it.
+        switches: The switch of the node and its real tokens; ``None`` if there is no node.
         other: The other side, where the projection needs it.
     """
 
@@ -46,7 +46,8 @@ class Product(NamedTuple):
         left: The first operand.
         right: The second.
         self_attention: Whether both were computed from the same input of the layer.
-        swapped: Empty until a softmax tells; then whether the first operand are the keys.
+        swapped: Empty until a softmax tells the sides; then one entry, whether the left operand
+            is the keys.
         of_inputs: Whether both were computed from inputs of the layer.
     """
 
@@ -63,9 +64,9 @@ class Scores:
     Attributes:
         products: The products that add up to the scores; empty after the softmax.
         axes: The dimensions of the tokens of the left and of the right operand.
-        read: What the masks met so far show, of the left operand's tokens by the right one's.
-        widened: Further keys were put before the others: masks from here on do not fit.
-        signs: They are the signs of scores, which no gradient goes through.
+        read: What the masks so far show, with the left operand's tokens as rows.
+        widened: Whether further keys were put before the others. Later masks then do not fit.
+        signs: Whether these are only the signs of scores, which no gradient goes through.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Scores:
         self.signs = signs
 
     def at(self, axes: Axes) -> Scores:
-        """Return what is known of the same scores with the tokens in other dimensions."""
+        """Return the same knowledge with other axes, for scores that were reshaped or permuted."""
         return Scores(self.products, axes, self.read, self.widened, self.signs)
 
 
@@ -92,14 +93,14 @@ WEIGHTS = Scores()
 
 
 def scores_of(tap: Tap, x: Any) -> Scores | None:
-    """Return what is known of a tensor as scores, ``None`` where it is none."""
+    """Return what is known of a tensor that is scores or weights; ``None`` for other tensors."""
     call = tap.current_call()
     scores = None if call is None else call.scores.of(x)
     if scores is not None or call is None or torch.compiler.is_compiling():
         return scores
     if not isinstance(x, Tensor) or x.grad_fn is None or call.streams.knows(x):
         return None
-    # Made by a function that no mode sees, such as one of torch.jit.script.
+    # A function that no mode sees made this tensor, such as one of torch.jit.script.
     scores = call.trail.through_elementwise(x, tap.site.module)
     if scores is not None:
         carry_product(tap, x, scores)
@@ -117,13 +118,13 @@ def carry(tap: Tap, result: Any, scores: Scores) -> Any:
 
 
 def carry_product(tap: Tap, result: Any, scores: Scores) -> Any:
-    """Note that a result is scores that a product has just made, and return it."""
+    """Note that a result is scores and comes from a product of activations, and return it."""
     tap.streams().note_scores(result)
     return carry(tap, result, scores)
 
 
 def together(a: Scores, b: Scores) -> Scores:
-    """Return the sum of two scores, or of a tensor with itself."""
+    """Return what is known of the sum of two score matrices."""
     if a is b:
         return a
     if a.axes == turned(b.axes):  # one of the products is keys by queries

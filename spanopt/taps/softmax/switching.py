@@ -1,4 +1,4 @@
-"""The softmax of scores, which tells that a product is attention and turns its nodes on."""
+"""The softmax of scores: it shows that a product is attention, so its nodes are turned on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["softmax"]
 
 
 def softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Turn on the nodes of the products whose scores a softmax is taken of."""
+    """Take a softmax. If it is over scores, turn on the nodes of their products."""
     tap.site.takes_softmax = True
     scores = scores_of(tap, args[0]) if args else None
     if scores is None:
@@ -36,7 +36,7 @@ def softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         tap.site.lost_at = "a softmax that is not over one side's tokens"
         return func(*args, **kwargs)
     for product in scores.products:
-        # Where there are softmaxes over both axes, the first one tells which are the keys.
+        # If softmaxes are taken over both axes, the first one tells which side is the keys.
         if not product.swapped:
             product.swapped.append(sides[0] is scores.axes[0])
         x, real = _switch_on(tap, x, product, scores.read)
@@ -69,7 +69,7 @@ def _note_where_lost(tap: Tap, x: Tensor) -> None:
 
 
 def _switch_on(tap: Tap, x: Tensor, product: Product, read: Read) -> tuple[Tensor, Tensor | None]:
-    """Turn the nodes of a product on, in its scores, and tell the real queries."""
+    """Turn on the nodes of a product; return its scores and the mask of the real queries."""
     query, key = product.left, product.right
     (swapped,) = product.swapped
     if swapped:
