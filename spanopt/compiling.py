@@ -1,7 +1,7 @@
-"""Every global setting of torch.compile that the library makes, and its undoing.
+"""Every global setting of ``torch.compile`` that the library makes, and how each is undone.
 
-Dynamo, the front end of ``torch.compile``, takes seconds to import, and many programs never do.
-What is set here is therefore set when Dynamo is imported, or at once where it has been.
+Dynamo, the front end of ``torch.compile``, takes seconds to import, and many programs never import
+it. So these settings are made when Dynamo is imported, or at once if it has been imported already.
 """
 
 from __future__ import annotations
@@ -33,61 +33,62 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def constant_when_traced(function: _F) -> _F:
-    """Have Dynamo call a function as it traces it, and take the result for a constant.
+    """Make Dynamo call a function while tracing, and use the result as a constant.
 
-    That is ``torch.compiler.assume_constant_result``, which imports Dynamo.
+    ``torch.compiler.assume_constant_result`` does the same, but imports Dynamo.
 
     Args:
-        function: One that returns a bool, an integer, a string or ``None``: torch 2.6 takes no
-            float for a constant in the backward pass of an ``autograd.Function``.
+        function: A function that returns a bool, an integer, a string or ``None``. Torch 2.6 does
+            not accept a float constant in the backward pass of an ``autograd.Function``.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def in_graph(function: _F) -> _F:
-    """Have Dynamo put calls of a function into its graph as they are, from the first hook on.
+    """Make Dynamo put calls of a function into its graph untraced, once a model is hooked.
 
     Args:
-        function: As ``torch.compiler.allow_in_graph`` takes it.
+        function: A function that ``torch.compiler.allow_in_graph`` accepts.
     """
     _in_graph.append(function)
     return function
 
 
 def not_compiled_alone(tap: type[_T]) -> type[_T]:
-    """Have Dynamo leave a tap alone that is called by code that it does not compile.
+    """Keep Dynamo from compiling a tap by itself when uncompiled code calls it.
 
-    That is so after a graph break. Compiled by itself, the tap could be given the result of another
-    function: Dynamo tells functions by their address, and that of ``Tensor.is_nested.__get__`` and
-    its like is free for another one after the call. In compiled code the tap is traced as ever.
+    Uncompiled code calls the tap after a graph break. A tap compiled by itself could get the result
+    of another function, since Dynamo tells functions apart by their address. The address of a
+    function such as ``Tensor.is_nested.__get__`` can be reused after the call. In compiled code the
+    tap is still traced.
 
     Args:
-        tap: A class with a ``__torch_function__`` of its own.
+        tap: A class that defines ``__torch_function__``.
     """
     _not_compiled_alone.append(tap.__torch_function__.__code__)  # type: ignore[attr-defined]
     return tap
 
 
 def hold(holder: object) -> None:
-    """Have compiled code and hooks notice each other, until all holders have let go.
+    """Make compiled code notice hooks, until all holders have let go.
 
-    By default Dynamo takes a module without hooks to stay so (pytorch#117758). A model that was
-    compiled and run before it was hooked, or one of the same class as such a model, would be
-    silently unscaled. What was compiled under that setting is therefore compiled anew.
+    By default Dynamo assumes that a module without hooks never gets any (pytorch#117758). Suppose
+    that a model was compiled and run before it was hooked. It, and models of its class, would then
+    silently be unscaled. So what was compiled under that setting is compiled anew.
 
     Args:
-        holder: What has hooks on a model. It counts as long as it lives.
+        holder: An object that has hooks on a model. It counts as long as it is alive.
     """
     _holders.add(holder)
     _when_imported(_set)
 
 
 def let_go(holder: object) -> None:
-    """Let a holder go. The last one that goes restores what the user had set.
+    """Let a holder go. When the last one goes, the user's setting is restored.
 
     Args:
-        holder: As given to :func:`hold`; others are passed over.
+        holder: An object that was given to :func:`hold`. Other objects are ignored.
     """
     _holders.discard(holder)
     if not _holders:
@@ -96,12 +97,12 @@ def let_go(holder: object) -> None:
 
 
 def before_compilations(action: Callable[..., None]) -> None:
-    """Have something done before each compilation, as far as Dynamo is imported.
+    """Call a function before each compilation. This does nothing if Dynamo is not imported.
 
-    ``torch.compiler.reset`` takes this off again, so ask for it whenever it is needed.
+    ``torch.compiler.reset`` undoes this, so ask for it whenever it is needed.
 
     Args:
-        action: Called with one argument. Asking for the same function again is harmless.
+        action: The function. It gets one argument. Asking for the same function again is harmless.
     """
     callbacks: Any = sys.modules.get(f"{_DYNAMO}.callback")
     if callbacks is not None and action not in callbacks.callback_handler.start_callbacks:
@@ -109,11 +110,11 @@ def before_compilations(action: Callable[..., None]) -> None:
 
 
 def run_eagerly() -> Callable[[], None]:
-    """Have all code that torch.compile has compiled run eagerly in this process.
+    """Run all code that ``torch.compile`` has compiled eagerly in this process.
 
     Returns:
-        A function that ends it; the stance of torch.compile is then what the user has set. Calling
-        it twice is harmless. While others ask for the same, code goes on running eagerly.
+        A function that ends this. The stance of ``torch.compile`` is then what the user has set.
+        Calling it twice is harmless. Code goes on running eagerly while others ask for the same.
     """
     asking = object()
     _eager.add(asking)
@@ -131,12 +132,11 @@ def run_eagerly() -> Callable[[], None]:
 _in_graph: list[Callable[..., Any]] = []
 _not_compiled_alone: list[Any] = []
 
-# Those that have hooks on a model just now, and those who have asked that compiled code run
-# eagerly.
+# The objects that have hooks on a model now, and a token for each request to run eagerly.
 _holders: weakref.WeakSet[object] = weakref.WeakSet()
 _eager: set[object] = set()
 
-# The value of skip_nnmodule_hook_guards that the user had set, while it is ours; else empty.
+# The user's value of skip_nnmodule_hook_guards, while the library has changed it; otherwise empty.
 _users_value: list[bool] = []
 
 
@@ -161,17 +161,17 @@ def _restore() -> None:
 def _leave_alone(code: Any) -> None:
     frames: Any = torch._C._dynamo.eval_frame
     if hasattr(frames, "set_code_exec_strategy"):
-        skip = frames._FrameAction.SKIP  # this frame, and those that it calls
+        skip = frames._FrameAction.SKIP  # for this frame and for those that it calls
         frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
     else:  # torch 2.6
         frames.skip_code(code)
 
 
 class _EagerWhileAsked:
-    """A stance of torch.compile: ``"force_eager"`` while somebody asks for it, else the user's.
+    """A stance of torch.compile: ``"force_eager"`` while this is asked for, else the user's.
 
-    Others set stances too, and set them back in any order. Where this one is put back after its
-    time, it is the user's stance by then, so that nothing is left in force.
+    Other code sets stances too, and restores them in any order. It may restore this object after
+    the last request has ended. This object then acts as the user's stance, so nothing stays forced.
     """
 
     def __init__(self, stance: Any) -> None:
@@ -188,7 +188,8 @@ class _EagerWhileAsked:
 
 def _set_stance() -> None:
     frames: Any = sys.modules[f"{_DYNAMO}.eval_frame"]
-    # torch.compiler.set_stance would do for one caller, and knows only the stance before it.
+    # torch.compiler.set_stance would be enough for one caller only. It restores just the stance
+    # that came before.
     if not isinstance(frames._stance, _EagerWhileAsked):
         frames._stance = _EagerWhileAsked(frames._stance)
 
@@ -199,14 +200,14 @@ def _restore_stance() -> None:
         frames._stance = frames._stance.users
 
 
-# What to do when Dynamo has been imported.
+# The functions to call when Dynamo has been imported.
 _after_import: set[Callable[[], None]] = set()
 
 
 def _when_imported(action: Callable[[], None]) -> None:
-    """Do something as soon as Dynamo is imported: now, if it is."""
+    """Call a function as soon as Dynamo is imported; now, if it already is."""
     if _DYNAMO in sys.modules:
-        importlib.import_module(_DYNAMO)  # waits for a thread that is importing it
+        importlib.import_module(_DYNAMO)  # waits if another thread is importing it
         action()
         return
     _after_import.add(action)
@@ -215,14 +216,14 @@ def _when_imported(action: Callable[[], None]) -> None:
 
 
 def _forget(action: Callable[[], None]) -> None:
-    """Do nothing, after all, when Dynamo is imported."""
+    """Take back a request that was made to :func:`_when_imported`."""
     _after_import.discard(action)
     if not _after_import and _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
 
 
 class _Finder(MetaPathFinder):
-    """Finds Dynamo where the others do, and does what is to be done after its import."""
+    """Finds Dynamo by the other finders, and calls the waiting functions after its import."""
 
     def __init__(self) -> None:
         self.is_asking = False

@@ -1,4 +1,4 @@
-"""Errors about layers that were asked for and not scaled; each message is built in one place."""
+"""Errors about layers that were asked for and not scaled. Their messages are built here."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def no_attention_called(
 
 
 def what_was_seen(site: AttentionSite) -> str:
-    """Return what the last forward pass of a layer did in place of attention that can be seen.
+    """Return what the last forward pass of a layer did instead of attention that can be seen.
 
     Args:
         site: A layer that has run and is not scaled.
 
     Returns:
-        Words that go on from the name of the layer.
+        The rest of a sentence that starts with the name of the layer.
 
     Example:
         >>> from torch import nn
@@ -105,8 +105,8 @@ def not_scaled_since_step(
     Args:
         missing: The layers that are not scaled, or not in all that they computed.
         scaled: The layers that are.
-        past: Names of those whose Q and K were seen, and how a backward pass went past the hooks
-            all the same: ``"lost"``, ``"missed"``, ``"direct"`` or ``"around"``.
+        past: Pairs of a layer whose Q and K were seen, by name, and of how its gradients went past
+            the hooks nevertheless: ``"lost"``, ``"missed"``, ``"direct"`` or ``"around"``.
     """
     missing, scaled, past = list(missing), list(scaled), list(past)
     never = [site for site in missing if site.query_length is None]
@@ -158,7 +158,7 @@ def _lost_at(sites: list[AttentionSite]) -> str:
 
 
 def _advice(missing: list[AttentionSite], scaled: list[AttentionSite]) -> str:
-    """Return what to do about layers; for those that took no softmax, first to leave them alone."""
+    """Return advice about layers. If none took a softmax, it first says to leave them alone."""
     pattern = pattern_for([site.name for site in missing], [site.name for site in scaled])
     alone = f"give it the scale None: scales={{..., {pattern!r}: None}}"
     if any(site.takes_softmax is not False for site in missing):

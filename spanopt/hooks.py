@@ -36,9 +36,9 @@ __all__ = ["SpanHooks"]
 
 
 class SpanHooks(ScaledLayers):
-    """The taps installed on one model; what :func:`spanopt.attach` returns.
+    """The taps installed on one model. :func:`spanopt.attach` returns this object.
 
-    A context manager: on leaving, the model is as it was before.
+    It is also a context manager. On leaving, the model is as it was before.
 
     Attributes:
         sites: The attention layers of the model, scaled or not.
@@ -71,8 +71,8 @@ class SpanHooks(ScaledLayers):
             layers: What to install, from :func:`spanopt.plan.plan`.
 
         Raises:
-            ValueError: The number of per-head values is not a layer's number of heads. Nothing is
-                installed then.
+            ValueError: The number of per-head values is not a layer's number of heads. Then
+                nothing is installed.
 
         Example:
             >>> from torch import nn
@@ -97,7 +97,7 @@ class SpanHooks(ScaledLayers):
                 taps.append(tap)
                 groups.append(SpanGroup(site.name, scale, tap.set_scale))
             elif site.module in inside:
-                # The layer is left alone inside one that is scaled: an idle tap shields it.
+                # The layer is left alone, inside a layer that is scaled. An idle tap shields it.
                 shields.append(Tap(site, SpanScale(1.0, 1.0), Rescaling(), handlers()))
         for tap in (*taps, *shields):
             self._placement.put(tap)
@@ -114,16 +114,16 @@ class SpanHooks(ScaledLayers):
     def following(
         self, model: nn.Module, request: Request, parameters: Iterable[Tensor]
     ) -> Iterator[None]:
-        """Hook layers that the model has got meanwhile, and let go of those that it has no more.
+        """Hook the model's new layers, and unhook layers that are no longer in the model.
 
         Args:
             model: The model.
             request: What the user asks for.
-            parameters: What will be trained.
+            parameters: The parameters that will be trained.
 
         Raises:
-            ValueError: A new layer can't be scaled. Nothing is installed then, nor if what is done
-                in the context fails.
+            ValueError: A new layer cannot be scaled. Then nothing is installed. Nothing stays
+                installed either if the code in the context fails.
 
         Example:
             >>> from spanopt import attach
@@ -147,10 +147,10 @@ class SpanHooks(ScaledLayers):
         self.drop(site.module for site in [*self.sites] if site.module not in present)
 
     def drop(self, modules: Iterable[nn.Module]) -> None:
-        """Take the taps off layers, as off those that are no longer in the model.
+        """Take the taps off layers, for example off layers that are no longer in the model.
 
         Args:
-            modules: The layers; others are passed over.
+            modules: The layers. Modules without a tap are ignored.
 
         Example:
             >>> from torch import nn
@@ -176,12 +176,12 @@ class SpanHooks(ScaledLayers):
         remove_stale()
 
     def check(self) -> None:
-        """Complain, as ``on_missing`` says, of every scaled layer that was not seen.
+        """Report every scaled layer that was not seen, in the way that ``on_missing`` says.
 
         Raises:
-            UnscaledLayerError: There is one, and ``on_missing`` is ``"error"``.
+            UnscaledLayerError: There is such a layer, and ``on_missing`` is ``"error"``.
             ValueError: An entry of ``groups`` was replaced rather than edited, or an attention
-                mask does not tell which tokens are real, see :meth:`check_masks`.
+                mask does not tell which tokens are real; see :meth:`check_masks`.
 
         Example:
             >>> from torch import nn
@@ -201,11 +201,11 @@ class SpanHooks(ScaledLayers):
         warnings.warn(str(error), stacklevel=3)
 
     def check_step(self, parameters: Iterable[Tensor], has_come: Callable[[Tensor], bool]) -> None:
-        """Complain, before an optimizer step, of layers whose gradients have come unscaled.
+        """Report, before an optimizer step, the layers that got gradients which were not scaled.
 
         Args:
-            parameters: What the optimizer trains.
-            has_come: Tells whether a parameter has got a gradient since the last step.
+            parameters: The parameters that the optimizer trains.
+            has_come: Returns whether a parameter has got a gradient since the last step.
 
         Raises:
             UnscaledLayerError: There is such a layer, and ``on_missing`` is ``"error"``.
@@ -227,7 +227,7 @@ class SpanHooks(ScaledLayers):
             self.check()
 
     def drop_stale(self) -> None:
-        """Take taps off this thread's stack whose layer an interrupt has ended.
+        """Take taps off this thread's stack if an interrupt has ended their layer's call.
 
         Example:
             >>> from torch import nn
@@ -239,8 +239,9 @@ class SpanHooks(ScaledLayers):
     def check_masks(self) -> None:
         """Refuse attention masks that did not tell which tokens are real.
 
-        In eager code on the CPU the forward pass raises that error. On an accelerator and in
-        compiled code it would have to wait for the device, so it is raised here, and this waits.
+        In eager code on the CPU the forward pass raises this error. On an accelerator and in
+        compiled code the forward pass would have to wait for the device. There the error is raised
+        here, and this method waits.
 
         Raises:
             ValueError: There was such a mask since :meth:`forget`.
@@ -256,7 +257,7 @@ class SpanHooks(ScaledLayers):
             raise error
 
     def probe(self, model: nn.Module, example_inputs: Any) -> None:
-        """Run one forward pass, to learn what only that can tell.
+        """Run one forward pass, to learn what only a forward pass shows.
 
         Args:
             model: The model.
@@ -264,8 +265,8 @@ class SpanHooks(ScaledLayers):
                 argument.
 
         Raises:
-            UnscaledLayerError: A scaled layer calls no attention, and ``on_missing`` is
-                ``"error"``.
+            UnscaledLayerError: A scaled layer calls no attention that can be seen, and
+                ``on_missing`` is ``"error"``.
 
         Example:
             >>> import torch
@@ -287,7 +288,7 @@ class SpanHooks(ScaledLayers):
             self.forget()
 
     def remove(self) -> None:
-        """Take everything off the model. Doing it twice is harmless.
+        """Take everything off the model. Calling this twice is harmless.
 
         Example:
             >>> from torch import nn

@@ -1,4 +1,4 @@
-"""The nodes put on Q and K: identity forward, rescaled backward."""
+"""The nodes on Q and K: the identity in forward, and a rescaled gradient in backward."""
 
 from __future__ import annotations
 
@@ -29,33 +29,36 @@ def span_node(
     preserve_norm: bool = False,
     other: Tensor | None = None,
 ) -> Tensor:
-    """Return a view of ``x`` whose gradient is rescaled by span on its way back.
+    """Return a view of ``x`` whose gradient is rescaled in backward.
 
     Forward values are those of ``x``, bit for bit. In backward the gradient g becomes
-    ``parallel * P g + violation * (g - P g)``, P the projector onto the column space of ``x``.
-    Under double backward the projector counts as a constant.
+    ``parallel * P g + violation * (g - P g)``, where P is the projector onto the column space of
+    ``x``. Under double backward the projector counts as a constant.
 
     Args:
         x: Q or K, shape ``(..., H, N, d)``.
-        parallel: Factor of the parallel span, a number or a tensor of shape ``()`` or ``(H,)``.
-            A tensor is read in backward: to change it, replace it, not its value.
+        parallel: Factor of the parallel part: a number or a tensor of shape ``()`` or ``(H,)``.
+            A tensor is read in backward. To change the factor, pass a new tensor and leave the
+            values of the old one alone.
         violation: Factor of the violation: a number or a tensor of shape ``()`` or ``(H,)``.
         ridge: Relative ridge; ``None`` for the dtype's default, see :func:`spanopt.project`.
         mask: Boolean, broadcastable to ``(..., H, N)``, true at real tokens. ``None`` if all are.
-        documents: One span for each of several documents in a sequence, in place of ``mask``:
-            integers, shape ``(T, L)``, see :func:`spanopt.projection.rescale_by_document`.
+        documents: Given in place of ``mask`` if a sequence holds several documents, each with its
+            own span: integers, shape ``(T, L)``; see
+            :func:`spanopt.projection.rescale_by_document`.
         projection: What counts as the parallel part: the name of a setup of
-            :mod:`spanopt.setups`, a ``Setup`` or a function of that kind.
+            :mod:`spanopt.setups`, a ``Setup``, or a function like that of a setup.
         preserve_norm: Whether the rescaled gradient gets the norm of the given one, for each
             sequence and head.
-        other: K if ``x`` is Q, and Q if it is K, shape ``(..., H, M, d)``. A setup that needs the
-            other side must be given it, and a function is taken to need it.
+        other: K if ``x`` is Q, and Q if ``x`` is K, shape ``(..., H, M, d)``. It is required if
+            the setup needs the other side. A function counts as needing it.
 
     Returns:
         A view of ``x``.
 
     Raises:
-        TypeError: ``projection`` is no setup, or ``x`` is a ``DTensor`` and it is not the span's.
+        TypeError: ``projection`` is not a setup, or ``x`` is a ``DTensor`` and ``projection`` is
+            not ``"span"``.
         ValueError: The setup needs ``other``, or a number is not finite in the dtype of ``x``.
 
     Example:
@@ -84,11 +87,11 @@ def rescaling_node(
     documents: Tensor | None = None,
     other: Tensor | None = None,
 ) -> Tensor:
-    """Return a view of ``x`` whose gradient is rescaled on its way back.
+    """Return a view of ``x`` whose gradient is rescaled in backward.
 
     Args:
         x: Q or K, shape ``(..., H, N, d)``.
-        rescaling: How.
+        rescaling: How the gradient is rescaled.
         mask: Boolean, broadcastable to ``(..., H, N)``, true at real tokens.
         documents: Integers, shape ``(T, L)``, see
             :func:`spanopt.projection.rescale_by_document`.
@@ -98,7 +101,8 @@ def rescaling_node(
         A view of ``x``.
 
     Raises:
-        TypeError: ``x`` is a ``DTensor``, and the projection is not the span's.
+        TypeError: ``x`` is a ``DTensor`` and is projected with a setup other than ``"span"`` or
+            with ``preserve_norm``.
 
     Example:
         >>> import torch
@@ -125,9 +129,10 @@ def rescaling_node(
 
 
 def uniform_node(x: Tensor, factor: Tensor) -> Tensor:
-    """Return a view of ``x`` whose gradient is multiplied by ``factor`` on its way back.
+    """Return a view of ``x`` whose gradient is multiplied by ``factor`` in backward.
 
-    That is what :func:`span_node` does when both factors are equal. Nothing is projected or saved.
+    :func:`span_node` gives the same result if both factors are equal. Here nothing is projected or
+    saved.
 
     Args:
         x: Q or K, shape ``(..., H, N, d)``.
@@ -156,18 +161,18 @@ def switched_node(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a view of ``x``, which may turn out to be Q, K or neither.
 
-    Like :func:`span_node`, but the gradient passes unchanged unless :func:`switch_on` is called
-    with the two other tensors that this returns. They carry no value: it is their gradient that
-    tells the node, on the way back, what ``x`` was. A flag in Python would do as much in eager
-    code, but ``torch.compile`` traces a node's backward at the node, before it can be set.
+    This is like :func:`span_node`, but the gradient passes unchanged unless :func:`switch_on` is
+    called with the two other tensors that this returns. Their values mean nothing. Their gradients
+    tell the node in backward what ``x`` was. In eager code a flag in Python would be enough. But
+    ``torch.compile`` traces a node's backward together with the node, before the flag can be set.
 
     Args:
         x: Shape ``(B, ..., N, d)`` or ``(N, d)``.
-        query: How its gradient is rescaled if it is Q, with the factors in one tensor.
-        key: How its gradient is rescaled if it is K, with the factors in one tensor.
+        query: How the gradient is rescaled if ``x`` is Q, with the factors in one tensor.
+        key: How the gradient is rescaled if ``x`` is K, with the factors in one tensor.
         documents: Integers, shape ``(T, L)``, see
             :func:`spanopt.projection.rescale_by_document`.
-        other: What it is multiplied by, where the setup needs it.
+        other: The tensor that ``x`` is multiplied by, where the setup needs the other side.
 
     Returns:
         The view, and the two tensors for :func:`switch_on`.
@@ -190,11 +195,12 @@ def switch_on(
     """Return a view of ``x`` whose backward turns a :func:`switched_node` on.
 
     Args:
-        x: A tensor computed from the node's.
+        x: A tensor computed from the node's view.
         switch: The second result of :func:`switched_node`.
-        padding: Its third result.
+        padding: The third result of :func:`switched_node`.
         side: What the node's tensor turned out to be: ``"query"`` or ``"key"``.
-        mask: Boolean, broadcastable to ``(B, N)``, true at real tokens, if it was not known before.
+        mask: Boolean, broadcastable to ``(B, N)``, true at real tokens; ``None`` if all are, or if
+            the node has documents.
 
     Returns:
         A view of ``x``.
@@ -209,12 +215,13 @@ _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
 
 def _signed(forward: _Forward) -> _Forward:
-    """Note the signature of a node's forward, which autograd would work out in each call."""
+    """Store the signature of a node's forward, which autograd would work out anew in each call."""
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     return forward
 
 
-# The factors are attributes of ctx: saved for backward, a later change would be a version error.
+# The factors are attributes of ctx. If they were saved for backward, changing them later would be a
+# version error.
 class _RescalingNode(torch.autograd.Function):
     @staticmethod
     @_signed
@@ -272,10 +279,10 @@ class _SwitchedNode(torch.autograd.Function):
             return grad, None, None, None, None
         x, documents, other = ctx.saved_tensors
         shape, mask = x.shape, None
-        if grad.ndim > 4:  # (B, H, N, d): grouped heads are heads
+        if grad.ndim > 4:  # dimensions of grouped heads become one: (B, H, N, d)
             x, grad = x.flatten(1, -3), grad.flatten(1, -3)
             other = other if other is None else other.flatten(1, -3)
-        if padding is not None:  # in all of the softmaxes
+        if padding is not None:  # a token is padding if it is so in all of the softmaxes
             mask = (padding if x.ndim > 2 else padding[0]) < switch.abs()
             mask = mask[(slice(None), *(None,) * (x.ndim - 3))] if x.ndim > 3 else mask
         rescaling = ctx.query.or_else(ctx.key, switch > 0, x.shape[-3] if x.ndim > 2 else 0)

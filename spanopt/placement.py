@@ -1,4 +1,4 @@
-"""The module hooks on one model: putting them on its layers and taking them off again."""
+"""Putting module hooks on the layers of one model, and taking them off again."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["Placement"]
 
 
 class Placement:
-    """The module hooks on one model, by the tap that they are for.
+    """The module hooks on one model. Each belongs to a tap, or to the model as a whole.
 
     Args:
-        root: The model; ``None`` if there is none to note padding masks on.
+        root: The model; ``None`` if it is not known. Then no padding masks are noted.
     """
 
     def __init__(self, root: nn.Module | None) -> None:
@@ -34,7 +34,7 @@ class Placement:
         """Put a forward hook on the whole model.
 
         Args:
-            hook: Called as any forward hook of a module.
+            hook: A function that is called like any forward hook of a module.
         """
         if self._root is not None:
             drop_inert(self._root)
@@ -44,7 +44,8 @@ class Placement:
         """Put the module hooks of a tap on its layer."""
         module = tap.site.module
         drop_inert(module)
-        # Prepended, and the forward hook is called always: an exception leaves no mode entered.
+        # The pre-hook is the first to run, and the forward hook is always called. So the tap is
+        # left even after an exception.
         handles = self._handles[tap] = [
             module.register_forward_pre_hook(Enter(tap), prepend=True, with_kwargs=True),
             module.register_forward_hook(Leave(tap), always_call=True),
@@ -62,7 +63,7 @@ class Placement:
         hold(tap)
 
     def note_masks(self, taps: Sequence[Tap]) -> None:
-        """Have the padding masks noted that the layers and the modules around them are given."""
+        """Put hooks on the layers and the modules around them that note their padding masks."""
         around: dict[str, list[Tap]] = {}
         for tap in taps:
             parts = tap.site.name.split(".") if tap.site.name else []
@@ -83,11 +84,11 @@ class Placement:
                 tap.verdicts.noted = (*tap.verdicts.noted, note)
 
     def watch_weights(self, taps: Sequence[Tap]) -> None:
-        """Have a use of the layers past their hooks noticed by the gradients of their weights."""
+        """Watch the layers' weights, whose gradients show that a layer was used past its hooks."""
         placed = [tap for tap in self._handles if tap is not None]
         hooked = {module for tap in placed for module in tap.site.module.modules()}
         modules = () if self._root is None else self._root.modules()
-        # What unhooked modules have too is used past the hooks rightly.
+        # A parameter that unhooked modules have too may rightly be used past the hooks.
         elsewhere = {
             parameter
             for module in modules
@@ -105,17 +106,17 @@ class Placement:
             self._handles[tap].append(weights)
 
     def take_off(self, tap: Tap | None) -> None:
-        """Take a tap off its layer, or what is on the whole model off that; once."""
+        """Take off a tap's hooks, or for ``None`` the model's. A second call does nothing."""
         for handle in self._handles.pop(tap, ()):
             handle.remove()
-        if tap is not None and not tap.removed:  # another attachment may have the layer by now
+        if tap is not None and not tap.removed:  # else another attachment may have the layer
             tap.removed = True
             release(tap.site.module)
             let_go(tap)
 
 
 def _projection_of(layer: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Module | None:
-    """Return the first module in a layer, but not the layer, that owns one of its parameters."""
+    """Return the first module inside a layer that owns one of the parameters."""
     wanted = set(parameters)
     for module in layer.modules():
         if module is not layer and not wanted.isdisjoint(module.parameters(recurse=False)):

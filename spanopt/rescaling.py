@@ -22,17 +22,17 @@ __all__ = ["Rescaling"]
 class Rescaling:
     """How the gradients of one side of a layer are rescaled: ``g' = rescaling(g, x)``.
 
-    It is never changed, so that a backward pass under way keeps what its forward pass had.
+    The object is never changed. So a backward pass uses what its forward pass had.
 
     Attributes:
         setup: What counts as the parallel part.
         ridge: Relative ridge of the projection; ``None`` for the dtype's default.
         preserve_norm: Whether g' gets the norm of g, for each sequence and head.
         factors: Parallel and violation: two numbers or tensors of shape ``()`` or ``(H,)``, or one
-            tensor of shape ``(2,)`` or ``(2, H)``, as ``torch.compile`` takes time for each.
+            tensor of shape ``(2,)`` or ``(2, H)``. One tensor saves time under ``torch.compile``.
         mode: ``"identity"`` (both factors are 1), ``"uniform"`` (they are equal, and nothing is
             projected), ``"parallel"`` (no violation is left) or ``"general"``.
-        unfit: The dtypes in which a factor is not finite, each with a text that says which.
+        unfit: The dtypes in which a factor is not finite, each with a text that names the factor.
 
     Example:
         >>> g, q = torch.tensor([[3.0], [1.0], [5.0]]), torch.tensor([[1.0], [1.0], [0.0]])
@@ -50,12 +50,12 @@ class Rescaling:
     def with_numbers(
         self, numbers: tuple[Factor, Factor], device: torch.device, *, held: bool = False
     ) -> Rescaling:
-        """Return the same with other factors, as new tensors.
+        """Return the same rescaling with other factors, in a new tensor.
 
         Args:
-            numbers: Parallel and violation, each a number or one per head.
-            device: Where the layer's gradients will be.
-            held: Whether to project also where the factors are equal.
+            numbers: Parallel and violation: for each one number, or one number per head.
+            device: The device of the layer's gradients.
+            held: Whether to project even where the factors are equal.
         """
         parallel, violation = numbers
         mode = "general"
@@ -65,24 +65,24 @@ class Rescaling:
         elif violation == 0 and not held:
             mode = "parallel"
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        with torch.inference_mode(False):  # these tensors outlive such a block
+        with torch.inference_mode(False):  # these tensors outlive an inference mode around this
             values = [torch.tensor(factor, dtype=dtype, device=device) for factor in numbers]
             factors = torch.stack(torch.broadcast_tensors(*values))
         return replace(self, factors=factors, mode=mode, unfit=unfit_dtypes(numbers))
 
     def projects(self) -> bool:
-        """Return whether it needs a projection."""
+        """Return whether this rescaling needs a projection."""
         return self.mode in ("parallel", "general")
 
     def check_range(self, dtype: torch.dtype | None, where: str) -> None:
         """Refuse factors that are not finite in the dtype of the gradients.
 
         Args:
-            dtype: Of the gradients.
+            dtype: The dtype of the gradients.
             where: Layer and side, for the error.
 
         Raises:
-            ValueError: One is not.
+            ValueError: A factor is not finite.
         """
         for unfit, factor in self.unfit:
             if unfit == dtype:
@@ -107,15 +107,15 @@ class Rescaling:
             grad: Gradient of ``x``, shape ``(..., H, N, d)``.
             x: Q or K, with the shape of ``grad``.
             mask: Boolean, broadcastable to ``(..., H, N)``, true at real tokens.
-            documents: Integers, shape ``(T, L)``: the positions of the tokens of T documents, each
-                of which has its own span, in place of ``mask``: see
+            documents: Given in place of ``mask`` if each document has its own span: integers, shape
+                ``(T, L)``, the positions of the tokens of T documents; see
                 :func:`spanopt.projection.rescale_by_document`.
             other: The other side, shape ``(..., H, M, d)``, where the setup needs it.
-            total: Adds up a tensor over the processes that have other tokens of the same
-                sequences: see :func:`spanopt.rescale`.
+            total: Adds up a tensor over the processes that share the tokens of the same sequences;
+                see :func:`spanopt.rescale`.
 
         Raises:
-            ValueError: The setup needs the other side, which is not given.
+            ValueError: The setup needs the other side, and it is not given.
         """
         if self.mode == "identity":
             return grad
@@ -141,7 +141,7 @@ class Rescaling:
         Args:
             grad: Gradient of ``x``, shape ``(..., H, N, d)``.
             x: Q or K, with the shape of ``grad``.
-            **options: ``mask``, ``documents`` and ``other``, as for a call.
+            **options: ``mask``, ``documents`` and ``other``, as in a call of this object.
         """
         return Rescaling(self.setup, self.ridge, factors=(1.0, 0.0))(grad, x, **options)
 
@@ -151,14 +151,14 @@ class Rescaling:
         Args:
             other: The rescaling of the layer's other side.
             condition: Boolean, shape ``()``.
-            heads: Number of heads of the gradient. Values by head for another number of heads are
-                those of the side that it turns out not to be.
+            heads: Number of heads of the gradient. Per-head values of another number belong to the
+                side that is not chosen.
         """
         assert isinstance(self.factors, Tensor)
         assert isinstance(other.factors, Tensor)
         one, two = (
             factors if factors.ndim == 1 or factors.shape[1] == heads else factors[:, 0]
-            # A model may be on the meta device, where no scales are.
+            # A model may be on the meta device. Scales never are.
             for factors in (x.to(condition.device) for x in (self.factors, other.factors))
         )
         if one.ndim != two.ndim:
@@ -170,19 +170,19 @@ class Rescaling:
         return Rescaling(self.setup, self.ridge, self.preserve_norm, factors, mode)
 
     def pack(self) -> tuple[Any, ...]:
-        """Return tensors, numbers and text, which :meth:`unpack` makes a rescaling of again.
+        """Return tensors, numbers and text from which :meth:`unpack` makes this rescaling again.
 
-        No other values pass through a function that ``torch.compile`` does not trace.
+        A function that ``torch.compile`` does not trace takes no other values.
         """
         rest = self.factors, self.mode, self.unfit
         return (self.setup.key, self.ridge, self.preserve_norm, *rest)
 
     @classmethod
     def unpack(cls, packed: tuple[Any, ...]) -> Rescaling:
-        """Return what :meth:`pack` was called on.
+        """Return the rescaling that :meth:`pack` was called on.
 
         Args:
-            packed: From :meth:`pack`, while the rescaling is still alive.
+            packed: The result of :meth:`pack`. The rescaling must still be alive.
         """
         key, *rest = packed
         return cls(carried(key), *rest)
@@ -196,13 +196,13 @@ class Rescaling:
 
 
 def unfit_dtypes(numbers: tuple[Factor, Factor]) -> tuple[tuple[torch.dtype, str], ...]:
-    """Return the dtypes in which a factor is not finite, each with a text that says which.
+    """Return the dtypes in which a factor is not finite, each with a text that names the factor.
 
-    So is the difference of the two, which multiplies the parallel part, in the dtype that half
-    precision is computed in.
+    The difference of the factors, which multiplies the parallel part, is checked too. It is checked
+    in the dtype that is computed in, which for half precision is float32.
 
     Args:
-        numbers: Parallel and violation, each a number or one per head.
+        numbers: Parallel and violation: for each one number, or one number per head.
 
     Example:
         >>> unfit_dtypes((1e5, 1.0))
@@ -248,7 +248,7 @@ def _with_norm_of(grad: Tensor, scaled: Tensor) -> Tensor:
     """Give each matrix (N, d) of a rescaled gradient the norm that it had before."""
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     grad_dtype, grad, scaled = grad.dtype, grad.to(dtype), scaled.to(dtype)
-    # Squares of the entries must not leave the range of the dtype.
+    # Powers of two keep the squares of the entries within the range of the dtype.
     one, other = (inverse_power(largest_entries(x)) for x in (grad.detach(), scaled.detach()))
     scaled = scaled * other
     before, after = (

@@ -1,4 +1,4 @@
-"""The scaled layers of one model: their scales, what was seen of them, and who is told."""
+"""The scaled layers of one model: their scales, what was seen of them, and their watchers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["ScaledLayers"]
 
 
 class ScaledLayers:
-    """The scaled layers of one model: what :class:`spanopt.SpanHooks` knows once they are hooked.
+    """The scaled layers of a hooked model. This is the base class of :class:`spanopt.SpanHooks`.
 
     Attributes:
         groups: One editable :class:`~spanopt.groups.SpanGroup` per scaled layer.
@@ -31,11 +31,11 @@ class ScaledLayers:
         self._watchers: list[tuple[Watcher, Callable[[], None]]] = []
 
     def unseen(self) -> list[str]:
-        """Return the scaled layers of which a part is not scaled since :meth:`forget`.
+        """Return the scaled layers that were not, or not wholly, scaled since :meth:`forget`.
 
-        Those are layers whose Q and K were not seen in a forward pass with gradients, and layers
-        that a backward pass went through past the hooks, as far as that is noticed: through a call
-        in which no attention was seen, or through a forward that was called directly.
+        These are layers whose Q and K were not seen in a forward pass with gradients. They are also
+        layers that a backward pass went through past the hooks, as far as that is noticed. Such a
+        pass goes through a call without visible attention, or a forward that was called directly.
 
         Returns:
             Their names.
@@ -57,7 +57,7 @@ class ScaledLayers:
         return [tap.site.name for tap in unscaled(self._taps)]
 
     def forget(self) -> None:
-        """Forget which layers were seen, as after an optimizer step.
+        """Forget which layers were seen. This runs after each optimizer step.
 
         Example:
             >>> from torch import nn
@@ -74,7 +74,7 @@ class ScaledLayers:
         """Return whether a layer has run while it was hooked.
 
         Args:
-            site: One of ``sites`` that is scaled.
+            site: The site of a scaled layer.
 
         Example:
             >>> from torch import nn
@@ -89,7 +89,7 @@ class ScaledLayers:
         """Return whether a layer is attention, as far as its code and its forward passes tell.
 
         Args:
-            site: One of ``sites`` that is scaled.
+            site: The site of a scaled layer.
 
         Example:
             >>> from torch import nn
@@ -101,10 +101,10 @@ class ScaledLayers:
         return any(tap.account.is_attention() for tap in self._taps if tap.site is site)
 
     def hold(self, names: Iterable[str]) -> None:
-        """Compute the projection in these layers whatever the scales are, as under a schedule.
+        """Hold layers: compute their projection whatever their factors are, as a schedule needs.
 
-        Equal factors need none, and without it compiled code would be compiled anew when they
-        come to differ.
+        Equal factors need no projection. But if it were left out, compiled code would be recompiled
+        when the factors come to differ.
 
         Args:
             names: Names of layers.
@@ -121,16 +121,16 @@ class ScaledLayers:
                 tap.set_scale(group.scale)
 
     def watch(self, watcher: Watcher) -> Callable[[], None]:
-        """Have somebody told of Q, K and their gradients, from the next forward pass on.
+        """Tell a watcher of Q, K and their gradients, from the next forward pass on.
 
-        Until it is stopped, what ``torch.compile`` has compiled runs eagerly in this process:
-        compiled code has no Python in it that could tell anything.
+        Until this is stopped, code that ``torch.compile`` has compiled runs eagerly in this
+        process, since no Python runs in compiled code that could tell the watcher.
 
         Args:
-            watcher: Who is told.
+            watcher: The watcher.
 
         Returns:
-            A function without arguments that stops it. :meth:`remove` stops it too.
+            A function without arguments that stops this. :meth:`remove` stops it too.
 
         Example:
             >>> from torch import nn
@@ -153,7 +153,7 @@ class ScaledLayers:
         return stop
 
     def _tell_taps(self) -> None:
-        """Have the taps tell those who watch now."""
+        """Give each tap the present watchers."""
         watchers = [watcher for watcher, _ in self._watchers]
         of_all: Watcher | None = Watchers(watchers) if watchers else None
         for tap in self._taps:
@@ -162,8 +162,8 @@ class ScaledLayers:
     def state_dict(self) -> dict[str, Any]:
         """Return the scales, as numbers, strings, lists, dicts and ``None``.
 
-        With :meth:`load_state_dict` this makes the hooks an entry of what
-        ``torch.distributed.checkpoint`` saves and loads.
+        Since there is also :meth:`load_state_dict`, ``torch.distributed.checkpoint`` can save and
+        load the hooks as one entry.
 
         Example:
             >>> from torch import nn
@@ -177,11 +177,11 @@ class ScaledLayers:
         """Restore the scales.
 
         Args:
-            state_dict: From :meth:`state_dict`.
+            state_dict: A result of :meth:`state_dict`.
 
         Raises:
-            ValueError: It names other layers, or holds what is no scale. The scales are then as
-                they were.
+            ValueError: It names other layers, or contains something that is not a scale. The
+                scales are then left unchanged.
 
         Example:
             >>> from torch import nn
@@ -197,11 +197,11 @@ class ScaledLayers:
         """Set the scales of layers by name.
 
         Args:
-            scales: By name of layer; others keep theirs.
+            scales: The scales by name of layer. Layers that are not named keep theirs.
 
         Raises:
-            ValueError: A number of per-head values that is not a layer's. All scales are then as
-                they were.
+            ValueError: The number of per-head values is not a layer's number of heads. All scales
+                are then left unchanged.
 
         Example:
             >>> from torch import nn

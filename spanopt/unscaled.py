@@ -1,4 +1,4 @@
-"""Which of the scaled layers were not scaled, or not in all that they computed."""
+"""Finding layers that were asked for and not scaled, or not scaled in every call."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def unscaled(taps: Sequence[Tap]) -> list[Tap]:
     """
     missing = [tap for tap in taps if tap.account.is_attention() and not tap.account.is_complete()]
     if not missing and not any(tap.account.seen for tap in taps):
-        return list(taps)  # nothing at all was scaled, though layers may be attention
+        return list(taps)  # nothing was scaled, although any of the layers may be attention
     return missing
 
 
@@ -46,7 +46,7 @@ def unscaled_error(taps: Sequence[Tap], missing: Sequence[Tap]) -> UnscaledLayer
 
     Args:
         taps: The taps of all scaled layers.
-        missing: Those whose layers were not scaled.
+        missing: The taps whose layers were not scaled.
     """
     return not_scaled_since_step(
         [tap.site for tap in missing],
@@ -56,12 +56,12 @@ def unscaled_error(taps: Sequence[Tap], missing: Sequence[Tap]) -> UnscaledLayer
 
 
 def note_ways_around(taps: Sequence[Tap], has_come: Callable[[nn.Parameter], bool]) -> None:
-    """Note the layers that got gradients by a way around the calls that were seen.
+    """Note the layers that got gradients, but not through the calls that were seen.
 
     Args:
         taps: The taps of all scaled layers.
-        has_come: Tells whether a parameter has got a gradient since the last step. It is asked only
-            about layers whose calls no backward pass went through.
+        has_come: Returns whether a parameter has got a gradient since the last step. It is called
+            only for layers that no backward pass went through in a call that was seen.
     """
     waiting = [tap for tap in taps if tap.account.waiting and not tap.account.passed]
     if not waiting:
@@ -75,7 +75,7 @@ def note_ways_around(taps: Sequence[Tap], has_come: Callable[[nn.Parameter], boo
 def unclear_masks(taps: Sequence[Tap]) -> ValueError | None:
     """Return the error about attention masks that did not tell which tokens are real, if any.
 
-    Reading this waits for the device, so it is done once a step.
+    This waits for the device, so it should be called once a step.
 
     Args:
         taps: The taps of all scaled layers.
@@ -90,7 +90,7 @@ def unclear_masks(taps: Sequence[Tap]) -> ValueError | None:
 
 
 class CheckCalled:
-    """A forward hook on the whole model: complain of layers that have run without attention."""
+    """A forward hook on the whole model. It refuses layers that have run without attention."""
 
     def __init__(self, taps: Sequence[Tap]) -> None:
         self.taps = taps
@@ -105,11 +105,11 @@ class CheckCalled:
 
 
 def check_called(taps: Sequence[Tap], only_entered: bool = True) -> None:
-    """Refuse layers that have run and called no attention that can be seen.
+    """Refuse layers that have called no attention that can be seen.
 
     Args:
         taps: The taps of all scaled layers.
-        only_entered: Whether to pass over layers that have not run.
+        only_entered: Whether to ignore layers that have not run.
 
     Raises:
         UnscaledLayerError: There is such a layer.

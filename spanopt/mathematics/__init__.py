@@ -2,7 +2,8 @@
 
 The *span* of a basis Q (``N`` tokens by ``d`` features) is its column space, a subspace of token
 space R^N. Its orthogonal projector is P = Q (Q^T Q)^+ Q^T, and a gradient g of Q splits exactly
-into a *parallel* part P g and a *violation* g - P g.
+into a *parallel part* P g and a *violation* g - P g.
 
-This package imports torch and itself alone. What users call is in :mod:`spanopt.projection`.
+This package imports nothing but torch and itself. The functions for users are in
+:mod:`spanopt.projection`.
 """

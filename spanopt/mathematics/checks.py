@@ -1,4 +1,4 @@
-"""What the functions of this package refuse: dtypes, shapes, ridges and factors."""
+"""Checks of the arguments of this package's functions: dtypes, shapes, ridges and factors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def check_ridge(ridge: float | None) -> None:
         ridge: A number, or ``None`` for the default of the dtype.
 
     Raises:
-        TypeError: It is no number.
-        ValueError: It is negative or not finite.
+        TypeError: The ridge is not a number.
+        ValueError: The ridge is negative or not finite.
 
     Example:
         >>> check_ridge(-1.0)
@@ -31,7 +31,7 @@ def check_ridge(ridge: float | None) -> None:
 
 
 def check_tensors(basis: Tensor, x: Tensor, ridge: float | None, mask: Tensor | None) -> None:
-    """Refuse dtypes, layouts, shapes, a ridge or a mask that the functions here can't take."""
+    """Refuse dtypes, layouts, shapes, a ridge or a mask that this package cannot handle."""
     for name, tensor in (("basis", basis), ("gradient", x)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"the {name} must be a tensor, got {type(tensor).__name__}")
@@ -61,7 +61,7 @@ def check_tensors(basis: Tensor, x: Tensor, ridge: float | None, mask: Tensor | 
 
 
 def check_factors(grad: Tensor, *factors: float | Tensor) -> None:
-    """Refuse factors that are neither one number nor one for each head of the gradient."""
+    """Refuse factors that are neither one number nor one number per head of the gradient."""
     for factor in factors:
         if not isinstance(factor, (Tensor, float, int)):
             raise TypeError(f"a factor must be a number or a tensor, got {type(factor).__name__}")

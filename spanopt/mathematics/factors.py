@@ -1,4 +1,4 @@
-"""Inverses of Cholesky factors, from blocks that are small enough for a fast factorisation."""
+"""Inverses of Cholesky factors, computed from blocks small enough for a fast factorisation."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ _LARGEST = 32
 
 
 def inverse_factor(matrix: Tensor, identity: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return T = L^{-T}, so that T T^T inverts matrix = L L^T, and above 0 where there is none.
+    """Return T = L^{-T} for matrix = L L^T, so that T T^T is the inverse of the matrix.
+
+    The second result is an integer for each matrix, above 0 if the matrix has no factor L.
 
     Args:
         matrix: Positive definite, shape (matrices, d, d).
-        identity: Shape (d, d), if there is one already.
+        identity: The identity, shape (d, d), if it exists already.
     """
     if identity is None:
         identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
@@ -28,7 +30,7 @@ def _inverse_factor(matrix: Tensor, identity: Tensor, largest: int) -> tuple[Ten
     d = matrix.shape[-1]
     if d <= largest:
         factor, failed = torch.linalg.cholesky_ex(matrix)
-        # Solving T L^T = I, in column-major order, is twice as fast as L T^T = I on a CPU.
+        # On a CPU, solving T L^T = I in column-major order is twice as fast as solving L T^T = I.
         identity = identity[:d, :d].mT
         return torch.linalg.solve_triangular(factor.mT, identity, upper=True, left=False), failed
     half = d // 2

@@ -1,4 +1,4 @@
-"""The formulation of the projection that a device gets: the place where one is chosen."""
+"""Choosing the formulation: the way in which the projection is computed on a device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMULATIONS = {
     "mixed": "operands of products in bfloat16 or float16, as given, and sums in float32",
     "fused": "a Triton kernel that keeps all d x d matrices on the chip",
 }
-"""The formulations by name. All of them compute the same, up to rounding."""
+"""The formulations by name. All of them give the same result up to rounding."""
 
 _VARIABLE = "SPANOPT_FORMULATION"
 
@@ -25,15 +25,21 @@ _VARIABLE = "SPANOPT_FORMULATION"
 def set_formulation(name: str) -> None:
     """Force a formulation of the projection, for the whole process.
 
-    The environment variable ``SPANOPT_FORMULATION`` does the same before the first import.
-    Compiled code is compiled anew when this changes.
+    The environment variable ``SPANOPT_FORMULATION`` does the same if it is set before the first
+    import. Compiled code is compiled anew when the formulation changes.
 
     Args:
-        name: ``"auto"``, the default: ``"mixed"`` on a GPU where Q and its gradient are bfloat16
-            or float16, otherwise ``"plain"``. ``"plain"``: float32 or float64 throughout.
-            ``"mixed"``: operands of products in bfloat16 or float16, as given, and sums in
-            float32. ``"fused"``: a Triton kernel. Where a forced one can't be had, the call that
-            needs it is an error that says why.
+        name: The name of the formulation:
+
+            - ``"auto"``, the default: ``"mixed"`` on a GPU where Q and its gradient are bfloat16 or
+              float16, otherwise ``"plain"``;
+            - ``"plain"``: float32 or float64 throughout;
+            - ``"mixed"``: operands of products in bfloat16 or float16, as given, and sums in
+              float32;
+            - ``"fused"``: a Triton kernel.
+
+            If tensors cannot be computed in the forced way, the call that needs it raises an error
+            that says why.
 
     Raises:
         ValueError: There is no formulation of this name.
@@ -67,23 +73,25 @@ def combined(
 ) -> Tensor:
     """Return ``factor * P x + rest * x``, in the formulation for the device of the tensors.
 
-    The arguments have been checked. Nothing here or below may wait for the device.
+    The arguments must have been checked. This function, and what it calls, must not wait for the
+    device.
 
     Args:
         basis: Q, shape ``(..., N, d)``. It counts as a constant.
         x: Shape ``(..., N, m)``. The result is differentiable in it.
-        ridge: As the user gave it; ``None`` for the dtype's default, which is also the least.
+        ridge: The ridge as the user gave it; ``None`` for the dtype's default. A smaller ridge is
+            replaced by the default.
         mask: Boolean, broadcastable to ``(..., N)``, true at real tokens, or ``None`` if all are.
         factor: In the dtype computed in, shape ``()`` or ``(H, 1, 1)``; ``None`` for 1.
-        rest: In the dtype computed in, shape ``()`` or ``(H, 1, 1)``; ``None`` for 0, also where
-            ``x`` is not finite.
+        rest: In the dtype computed in, shape ``()`` or ``(H, 1, 1)``. With ``None`` nothing is
+            added, even where ``x`` is not finite.
         total: See :func:`spanopt.rescale`.
 
     Returns:
         A new tensor with the shape and dtype of ``x``.
 
     Raises:
-        RuntimeError: A formulation is forced that can't be had for these tensors.
+        RuntimeError: A formulation is forced that cannot be used for these tensors.
     """
     name = _forced[0]
     if name == "auto":
@@ -105,9 +113,9 @@ def combined(
 
 
 def _best(basis: Tensor, x: Tensor, total: Total | None) -> str:
-    """Return the name of the formulation that the tensors get of themselves.
+    """Return the name of the formulation that the tensors get if none is forced.
 
-    ``"fused"`` is to be asked for, until its kernels have been run on a card.
+    ``"fused"`` is used only if it is forced, until its kernels have been run on a GPU.
     """
     return "mixed" if basis.is_cuda and not mixed.why_not(basis, x, total) else "plain"
 

@@ -1,7 +1,7 @@
-"""The fused formulation: CholeskyQR2 in one to three launches, as an operator of PyTorch.
+"""The fused formulation: CholeskyQR2 in one or three kernel launches, as an operator of PyTorch.
 
-The kernels are in :mod:`spanopt.mathematics.triton_kernels`, which imports Triton and is imported
-when they are first run.
+The kernels are in :mod:`spanopt.mathematics.triton_kernels`. That module imports Triton, so it is
+imported only when a kernel is first run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from spanopt.mathematics.spans import Total
 __all__ = ["combined", "why_not"]
 
 WIDEST = 128
-"""The largest d of the kernels; any d is padded to a power of two, 16 or more."""
+"""The largest d of the kernels. A d is padded to a power of two, to 16 at least."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -30,13 +30,13 @@ SHARED = {
 }
 """The shared memory in bytes that a program takes, by precision and padded width.
 
-That is what Triton 3.7 compiles the kernels to, for Ampere or for Hopper, whichever is more. An
-A100 has 166,912 bytes, an H100 232,448 and most other cards 101,376.
+These numbers are what Triton 3.7 reports after compiling the kernels, for Ampere or Hopper,
+whichever is more. An A100 has 166,912 bytes, an H100 232,448 and most other cards 101,376.
 """
 
 
 def why_not(basis: Tensor, x: Tensor, total: Total | None) -> str:
-    """Return why the kernels can't be had for these tensors, and nothing if they can."""
+    """Return why the kernels cannot be used for these tensors; an empty text if they can."""
     width = basis.shape[-1]
     if basis.dtype not in _DTYPES or x.dtype not in _DTYPES:
         return f"it takes bfloat16, float16 and float32, not {basis.dtype} and {x.dtype}"
@@ -64,13 +64,14 @@ def combined(
     """Return ``factor * P x + rest * x``: see :func:`spanopt.mathematics.formulations.combined`.
 
     Args:
-        basis: See there, and also for those that are not named here.
-        x: See there.
-        ridge: See there.
-        mask: See there.
-        factor: See there.
-        rest: See there.
-        parts: Into how many parts the tokens of each matrix are split; 0 for what suits the device.
+        basis: As in that function.
+        x: As in that function.
+        ridge: As in that function.
+        mask: As in that function.
+        factor: As in that function.
+        rest: As in that function.
+        parts: The number of parts that the tokens of each matrix are split into; 0 for a number
+            that suits the device.
     """
     if not torch.compiler.is_compiling():
         _count_operations()
@@ -94,7 +95,7 @@ def _combined(
 ) -> Tensor:
     out = _like(x)
     if out.numel():
-        # A kernel is launched on the current device, which need not be that of the tensors.
+        # A kernel is launched on the current device, so that must be the device of the tensors.
         with torch.cuda.device_of(x):
             _launch(out, _by_head(x), _by_head(basis), mask, factor, rest, ridge, precision, parts)
     return out.view(x.shape)
@@ -120,7 +121,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradient of x: the operator is linear in it and symmetric."""
+    """Return the gradient of x: the operator again, since it is linear in x and symmetric."""
     return _combined(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 7
 
 
@@ -132,8 +133,8 @@ def flops(
 ) -> int:
     """Return the floating-point operations of the operator, for PyTorch's ``FlopCounterMode``.
 
-    They are those of the six products over tokens, of three products and two factorisations of
-    d x d matrices, and of the two inverses of factors.
+    These are the operations of six products over tokens, of three products and two factorisations
+    of d x d matrices, and of two inverses of factors.
     """
     *leading, n, d = basis_shape
     matrices = int(torch.Size(leading).numel())
@@ -142,7 +143,7 @@ def flops(
 
 @lru_cache(maxsize=1)
 def _count_operations() -> None:
-    """Register the formula, once. Its module imports Triton, so it is left until one is needed."""
+    """Register the formula once, when the operator is first used, since this imports Triton."""
     from torch.utils.flop_counter import register_flop_formula
 
     register_flop_formula(torch.ops.spanopt.combined)(flops)
@@ -172,12 +173,12 @@ def _launch(
     factors = [0 if f is None or f.ndim == 0 else f.stride(0) for f in (factor, rest)]
     shift = max(8 * torch.finfo(torch.float32).eps, ridge)
     sizes = heads, length, d
-    interpreted = triton.knobs.runtime.interpret  # in float32, which has nothing to shorten
+    interpreted = triton.knobs.runtime.interpret  # the interpreter computes in full float32
     options = settings(width, "ieee" if interpreted else precision)
     products = torch.float32 if interpreted else q.dtype
     gram_options = {**options, "GRAM": getattr(triton.language, str(products)[6:])}
     parts = parts or _parts(matrices, length, options["ROWS"], x.device)
-    if parts == 1 and width <= 64:  # wider, one kernel for all would not fit a multiprocessor
+    if parts == 1 and width <= 64:  # a wider single kernel would not fit a multiprocessor
         kernels.fused[(matrices,)](
             out, x, q, mask, factor, rest, *x.stride(), *q.stride(), *of_mask, *out.stride(),
             *factors, *sizes, ridge, shift, **gram_options,
@@ -202,8 +203,8 @@ def _launch(
 def settings(width: int, precision: str) -> dict[str, Any]:
     """Return the settings that the kernels are compiled with.
 
-    They follow from what the compiler reports for them: with these, hardly a register is spilled up
-    to a width of 64, and at 128 the blocks of 32 rows leave room for T and the coefficients.
+    They were chosen by what the compiler reports. With them hardly any register is spilled up to a
+    width of 64. At a width of 128, blocks of 32 rows leave room for T and the coefficients.
     """
     narrow = width <= 64
     return {
@@ -216,7 +217,7 @@ def settings(width: int, precision: str) -> dict[str, Any]:
 
 
 def _by_head(x: Tensor) -> Tensor:
-    """Return x as (batch, heads, N, d): a view, where there are no more than these dimensions."""
+    """Return x as (batch, heads, N, d). This is a view if x has no more than four dimensions."""
     heads = x.shape[-3] if x.ndim > 2 else 1
     return x.reshape(x.shape[:-3].numel(), heads, *x.shape[-2:])
 
@@ -227,7 +228,7 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _padded(d: int) -> int:
-    """Return the least power of two, from 16 on, which tensor cores need, that is not below d."""
+    """Return the least power of two that is at least d and at least 16, as tensor cores need."""
     width = 16
     while width < d:
         width *= 2
@@ -235,19 +236,19 @@ def _padded(d: int) -> int:
 
 
 def _precision(basis: torch.dtype, x: torch.dtype) -> str:
-    """Return in how many bfloat16 terms, products of which are summed, a float32 number is taken.
+    """Return Triton's name for the precision: a float32 number is split into bfloat16 terms.
 
-    Two terms (16 bits) are enough for bfloat16, and where the user lets float32 products be
-    shortened; three (24 bits) are all of float32.
+    Two terms (16 bits, ``"bf16x3"``) are enough for bfloat16, and where the user allows shorter
+    float32 products. Three terms (24 bits, ``"bf16x6"``) hold all of float32.
     """
     short = basis == x == torch.bfloat16 or default_ridge(torch.float32) > 1e-6
     return "bf16x3" if short else "bf16x6"
 
 
 def _parts(matrices: int, length: int, rows: int, device: torch.device) -> int:
-    """Return into how many parts the tokens are split, for two programs a multiprocessor.
+    """Return into how many parts the tokens are split, so that a multiprocessor gets two programs.
 
-    A part has at least four blocks of rows, so that its products are more than its factorisation.
+    A part has at least four blocks of rows, so that its products outweigh its factorisation.
     """
     if device.type != "cuda":
         return 1
@@ -256,11 +257,11 @@ def _parts(matrices: int, length: int, rows: int, device: torch.device) -> int:
 
 
 def _unfit_device(kind: str, index: int | None, shared: int) -> str:
-    """Return why the kernels don't run on a device."""
+    """Return why the kernels do not run on a device; an empty text if they do."""
     return _found_unfit(kind, index, shared)
 
 
-# Dynamo calls it, where it would trace what is behind a cache.
+# Dynamo calls this function while tracing. It would trace through the cache of the other function.
 _unfit_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

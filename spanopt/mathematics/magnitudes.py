@@ -1,4 +1,4 @@
-"""Magnitudes of bases: powers of two that bring their largest entries near 1."""
+"""Powers of two that bring the largest entry of each matrix near 1."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["inverse_power", "largest_entries"]
 def largest_entries(x: Tensor) -> Tensor:
     """Return the largest absolute value in each matrix (..., N, d), shape (..., 1, 1).
 
-    It is NaN where the matrix holds one, and 0 where the matrix is empty.
+    It is NaN if the matrix contains a NaN, and 0 if the matrix is empty.
     """
     if 0 in x.shape[-2:]:
         return x.new_zeros(*x.shape[:-2], 1, 1)
@@ -20,13 +20,14 @@ def largest_entries(x: Tensor) -> Tensor:
 
 
 def inverse_power(x: Tensor) -> Tensor:
-    """Return a power of two near 1 / x, without rounding: x times it is at least 1 and below 4.
+    """Return a power of two near 1 / x: x times this power is at least 1 and below 4.
 
-    It is taken from the bits of the exponent. Numbers below the smallest normal one, and zero, get
-    the largest power that there is; infinity and NaN get the smallest.
+    It is computed from the bits of the exponent, without rounding. Zero and numbers below the
+    smallest normal number get the largest power that exists. Infinity and NaN get the smallest.
     """
     integer, bits = (torch.int64, 52) if x.dtype == torch.float64 else (torch.int32, 23)
     one = 1 << bits  # the last bit of the exponent
     exponent = (1 << (torch.finfo(x.dtype).bits - 1)) - one
-    # The bias of the exponent, twice, is its largest value for a finite number.
+    # The largest exponent field of a finite number is twice the bias. So the difference of this and
+    # the exponent field of x is the exponent field of the inverse.
     return (exponent - one - (x.view(integer) & exponent)).clamp(min=one).view(x.dtype)

@@ -1,8 +1,8 @@
 """CholeskyQR2 with products of half precision: operands of 16 bits, sums in float32.
 
-Where Q and its gradient are bfloat16 or float16, the products over tokens read them as they are, as
-tensor cores do, with no float32 copy of either. Matrices of d x d are kept in float32 and enter a
-product as two terms of half precision, so they lose no digit that the result has.
+If Q and its gradient are bfloat16 or float16, the products over tokens read them as they are. No
+float32 copy is made, and tensor cores can be used. Matrices of d x d are kept in float32. They
+enter a product as two terms of half precision, so they lose no digit that the result has.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _EPS = torch.finfo(torch.float32).eps
 
 
 def why_not(basis: Tensor, x: Tensor, total: Total | None) -> str:
-    """Return why the tensors can't be computed in this way, and nothing if they can."""
+    """Return why this formulation cannot be used for the tensors; an empty text if it can."""
     if basis.dtype not in (torch.bfloat16, torch.float16) or x.dtype != basis.dtype:
         found = f"{basis.dtype} and {x.dtype}"
         return f"it takes Q and its gradient both in bfloat16 or both in float16, not in {found}"
@@ -44,7 +44,7 @@ def combined(
 ) -> Tensor:
     """Return ``factor * P x + rest * x``: see :func:`spanopt.mathematics.formulations.combined`.
 
-    Its error is that of two roundings to the dtype of Q, where the result's own is one of them.
+    The error is that of two roundings to the dtype of Q. One of them is the rounding of the result.
     """
     if basis.numel() == 0 or x.numel() == 0:
         return whitening.combined(basis, x, ridge=ridge, mask=mask, factor=factor, rest=rest)
@@ -73,7 +73,7 @@ def combined(
 
 
 def _matrices(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return x as (matrices, N, d), with zeros for masked tokens; it may be a view of x."""
+    """Return x as (matrices, N, d), with zeros at masked tokens. It may be a view of x."""
     if mask is not None:
         x = x.masked_fill(~mask[..., None], 0)
     return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
@@ -82,7 +82,7 @@ def _matrices(x: Tensor, mask: Tensor | None) -> Tensor:
 def _scaled(q: Tensor) -> Tensor:
     """Return each matrix times a power of two, so that float32 can add up squares of its entries.
 
-    Those of float16 it always can.
+    float16 needs no scaling, since float32 can always add up its squares.
     """
     if q.dtype == torch.float16:
         return q
@@ -90,16 +90,16 @@ def _scaled(q: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the products of matrices of half precision, in float32."""
+    """Return in float32 the products of matrices of half precision."""
     if a.is_cuda:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    """Return the products of matrices of half precision with float32 ones, in float32."""
+    """Return in float32 the products of matrices of half precision with float32 matrices."""
     scale = None
-    if a.dtype == torch.float16:  # whose range is short
+    if a.dtype == torch.float16:  # float16 has a small range
         scale = inverse_power(largest_entries(b))
         b = b * scale
     high = b.to(a.dtype)

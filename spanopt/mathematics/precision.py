@@ -1,4 +1,4 @@
-"""Precision of the mathematics: the dtype computed in, its rounding unit and the ridge."""
+"""Precision of the mathematics: the dtype that is computed in, its rounding unit, the ridge."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["compute_dtype", "default_ridge", "full_precision", "matmul_eps"]
 
 
 def default_ridge(dtype: torch.dtype) -> float:
-    """Return the relative ridge that :func:`project` takes for a basis of this dtype.
+    """Return the relative ridge that :func:`project` uses by default for a basis of this dtype.
 
-    It is ``eps ** 1.6`` for the rounding unit ``eps`` in which the matrix products are done:
-    8e-12 in float32 (also for float16 and bfloat16, which are computed in float32) and 9e-26 in
-    float64. When ``torch.set_float32_matmul_precision`` allows float32 products on fewer bits,
-    ``eps`` is theirs.
+    It is ``eps ** 1.6``, where ``eps`` is the rounding unit of the matrix products. This ridge is
+    8e-12 in float32 and 9e-26 in float64. float16 and bfloat16 are computed in float32. If
+    ``torch.set_float32_matmul_precision`` allows float32 products of fewer bits, ``eps`` is that of
+    such products.
 
     Args:
         dtype: A real floating-point dtype.
@@ -38,17 +38,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def matmul_eps(dtype: torch.dtype) -> float:
-    """Rounding unit of a matrix product of this dtype, as the user's settings allow it."""
+    """Return the rounding unit of a matrix product of this dtype under the user's settings."""
     if dtype == torch.float32 and _float32_products_are_shortened():
         return 2.0**-10
     return torch.finfo(dtype).eps
 
 
 def full_precision(device_type: str) -> AbstractContextManager[Any]:
-    """Keep autocast from sending matrix products to half precision."""
+    """Return a context in which autocast does not compute matrix products in half precision."""
     if not _has_autocast(device_type):
         return nullcontext()
-    # Entering the context takes longer than asking whether it is needed.
+    # Entering the context takes longer than checking whether it is needed.
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
@@ -62,8 +62,8 @@ def _float32_products_are_shortened() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-# As torch.compiler.assume_constant_result does, which takes seconds to import the compiler. Torch
-# 2.6 traces neither function, and takes a bool for a constant but no float.
+# This is what torch.compiler.assume_constant_result does, but that takes seconds to import the
+# compiler. Torch 2.6 cannot trace these two functions. It takes a bool as a constant, but no float.
 _constants: tuple[Any, ...] = (_has_autocast, _float32_products_are_shortened)
 for _constant in _constants:
     _constant._dynamo_marked_constant = True

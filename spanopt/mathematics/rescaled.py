@@ -1,4 +1,4 @@
-"""Gradients whose parallel span and span violation are scaled and added up again."""
+"""Rescaling a gradient: its parallel part and its violation are scaled and added up again."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ def rescale(
     mask: Tensor | None = None,
     total: Total | None = None,
 ) -> Tensor:
-    """Scale the parallel span and the span violation of a gradient and add them up again.
+    """Scale the parallel part and the violation of a gradient and add them up again.
 
-    Computes ``parallel * P g + violation * (g - P g)``. It is linear in ``grad``, so it commutes
+    Computes ``parallel * P g + violation * (g - P g)``. This is linear in ``grad``, so it commutes
     with loss scaling and gradient accumulation. Two equal numbers need no projection: the result
-    is then ``parallel * grad``, and ``grad`` itself when both are 1. With the number 0 for
-    ``violation`` the projection is all there is.
+    is then ``parallel * grad``, and ``grad`` itself if both are 1. If ``violation`` is the number
+    0, only the projection is computed.
 
     Args:
         grad: Gradient of the basis, shape ``(..., N, d)``.
         basis: Q or K, shape ``(..., N, d)``.
-        parallel: Factor of the parallel span: a number, or a tensor of shape ``()`` or ``(H,)``,
-            one value per head, where the gradient is ``(..., H, N, d)``.
+        parallel: Factor of the parallel part: a number, or a tensor of shape ``()`` or ``(H,)``.
+            The latter has one value per head of a gradient ``(..., H, N, d)``.
         violation: Factor of the violation: a number or a tensor of shape ``()`` or ``(H,)``.
         ridge: Relative ridge: singular values of ``basis`` below about its square root times the
             norm are dropped. ``None`` is :func:`default_ridge` of the dtype computed in.
-        mask: Boolean, shape ``(..., N)``, true at real tokens, whose span counts. ``None`` if all
-            are. The gradient of the others is multiplied by ``violation``.
-        total: Where the tokens of a sequence are spread over processes, each of which makes this
-            call with its own: ``total(part)`` returns the sum of a tensor over them, and
-            ``total(part, "max")`` the elementwise maximum.
+        mask: Boolean, shape ``(..., N)``, true at real tokens; ``None`` if all are. The span is
+            that of the real tokens. The gradient of the others is multiplied by ``violation``.
+        total: Given where the tokens of a sequence are spread over processes. Each process makes
+            this call with its own tokens. ``total(part)`` returns the sum of a tensor over the
+            processes, and ``total(part, "max")`` the elementwise maximum.
 
     Returns:
         The rescaled gradient, with the shape and dtype of ``grad``.
 
     Raises:
-        TypeError: A dtype that is not real floating point, or a mask that is not boolean.
-        ValueError: Shapes that do not fit, a ridge that is negative or not finite, or a factor
-            whose shape is neither ``()`` nor ``(H,)``.
+        TypeError: A dtype is not real floating point, or the mask is not boolean.
+        ValueError: Shapes do not fit, the ridge is negative or not finite, or the shape of a factor
+            is neither ``()`` nor ``(H,)``.
 
     Source: g' = b g + (a - b) P g; see ``docs/method.md``.
 
@@ -81,16 +81,16 @@ def rescale_by_document(
     violation: float | Tensor,
     ridge: float | None = None,
 ) -> Tensor:
-    """Rescale a gradient where several documents are packed into a sequence, each with its span.
+    """Rescale a gradient if sequences hold several documents, each with a span of its own.
 
     Args:
         grad: Gradient of the basis, shape ``(B, ..., N, d)``.
         basis: Q or K, shape ``(B, ..., N, d)``.
-        index: Integers, shape ``(T, L)``: the positions of the tokens of T documents among the
-            ``B * N`` of the batch, each row filled up with ``B * N``.
-        parallel: Factor of the parallel span: a number, or a tensor of shape ``()`` or ``(H,)``.
-        violation: Factor of the violation: a number or a tensor of shape ``()`` or ``(H,)``. Tokens
-            of no document are multiplied by it.
+        index: Integers, shape ``(T, L)``. A row has the positions of one document's tokens among
+            the ``B * N`` tokens of the batch, filled up with the number ``B * N``.
+        parallel: Factor of the parallel part: a number, or a tensor of shape ``()`` or ``(H,)``.
+        violation: Factor of the violation: a number or a tensor of shape ``()`` or ``(H,)``. The
+            gradient of tokens in no document is multiplied by it.
         ridge: Relative ridge: singular values of ``basis`` below about its square root times the
             norm are dropped. ``None`` is :func:`default_ridge` of the dtype computed in.
 
@@ -98,9 +98,9 @@ def rescale_by_document(
         The rescaled gradient, with the shape and dtype of ``grad``.
 
     Raises:
-        TypeError: A dtype that is not real floating point, or a mask that is not boolean.
-        ValueError: Shapes that do not fit, a ridge that is negative or not finite, or a factor
-            whose shape is neither ``()`` nor ``(H,)``.
+        TypeError: A dtype is not real floating point.
+        ValueError: Shapes do not fit, the ridge is negative or not finite, or the shape of a factor
+            is neither ``()`` nor ``(H,)``.
 
     Example:
         >>> import torch
@@ -113,7 +113,7 @@ def rescale_by_document(
     check_factors(grad, parallel, violation)
     batch, length = grad.shape[0], grad.shape[-2]
 
-    def by_token(x: Tensor) -> Tensor:  # (B * N + 1, ..., d), the last row for what is filled up
+    def by_token(x: Tensor) -> Tensor:  # (B * N + 1, ..., d); fill positions go to the last row
         rows = x.movedim(-2, 1).flatten(0, 1)
         return torch.cat([rows, torch.zeros_like(rows[:1])])
 

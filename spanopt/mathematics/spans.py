@@ -1,9 +1,9 @@
-"""The span of a basis by CholeskyQR2: all matrix products and d x d factorisations.
+"""The span of a basis by CholeskyQR2, which takes only matrix products and d x d factorisations.
 
-The Gram matrix Q^T Q squares the condition number of Q, so one Cholesky factorisation of it would
-lose half the digits. The functions here whiten the basis with a first, shifted factorisation and
-solve with the Gram matrix of the whitened basis (CholeskyQR2: Yamamoto et al., 2015; the shift:
-Fukaya et al., 2020). There is no branch on a value and no host synchronisation.
+The condition number of the Gram matrix Q^T Q is the square of Q's. So one Cholesky factorisation of
+it would lose half the digits. The functions here whiten the basis with a first, shifted
+factorisation. Then they solve with the Gram matrix of the whitened basis (CholeskyQR2: Yamamoto et
+al., 2015; the shift: Fukaya et al., 2020). No code branches on a value or waits for the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from spanopt.mathematics.precision import default_ridge, matmul_eps
 __all__ = ["Span", "Total", "matrices", "span_of"]
 
 Total: TypeAlias = Callable[..., Tensor]
-"""``total(part, operation="sum")``: over processes, the sum of their parts, or the ``"max"``."""
+"""``total(part, operation="sum")``: the sum, or with ``"max"`` the maximum, over processes."""
 
 
 class Span(NamedTuple):
@@ -31,8 +31,8 @@ class Span(NamedTuple):
         whitened: A, whose columns are near-orthonormal, shape (matrices, N, d).
         gram: A^T A + rho T^T T, shape (matrices, d, d).
         identity: Shape (d, d).
-        failed: For each matrix, above 0 where there is no T.
-        is_identity: Whether ``gram`` is the identity but for rounding.
+        failed: For each matrix an integer, above 0 if T does not exist.
+        is_identity: Whether ``gram`` is the identity up to rounding.
         leading: The leading dimensions of the basis.
     """
 
@@ -51,8 +51,8 @@ class Span(NamedTuple):
             factor: Shape ``()`` or ``(H, 1, 1)``, or ``None`` for 1.
         """
         if self.is_identity:
-            # What rounding adds is well below 1. Three steps of Richardson's iteration leave its
-            # fourth power.
+            # gram = I + E, where E comes from rounding and is well below 1. After three steps of
+            # Richardson's iteration the error is the fourth power of E.
             solution, failed = right, self.failed
             for _ in range(3):
                 solution = torch.baddbmm(solution + right, self.gram, solution, alpha=-1)
@@ -60,7 +60,7 @@ class Span(NamedTuple):
             inverse, failed = inverse_factor(self.gram, self.identity)
             failed = failed + self.failed
             solution = torch.bmm(inverse, torch.bmm(inverse.mT, right))
-        # The factor goes on the smallest matrix, which saves passes over the others.
+        # Multiplying the smallest matrix by the factor saves passes over the larger ones.
         return solution * self._weights(failed, factor)
 
     def orthonormal(self) -> Tensor:
@@ -69,7 +69,7 @@ class Span(NamedTuple):
         return torch.bmm(self.whitened, inverse * self._weights(failed + self.failed, None))
 
     def _weights(self, failed: Tensor, factor: Tensor | None) -> Tensor:
-        """Return the factor of each matrix, shape (matrices, 1, 1), and NaN where one failed."""
+        """Return each matrix's factor, shape (matrices, 1, 1): NaN if a factorisation failed."""
         missing = (failed > 0).view(*self.leading, 1, 1)
         return torch.where(missing, torch.nan, 1.0 if factor is None else factor).view(-1, 1, 1)
 
@@ -89,25 +89,25 @@ def span_of(
     Args:
         basis: Q, shape ``(..., N, d)``. It counts as a constant.
         mask: Boolean, broadcastable to ``(..., N)``, true at real tokens, or ``None``.
-        ridge: As the user gave it.
+        ridge: The ridge as the user gave it.
         dtype: The dtype to compute in.
-        total: Where tokens are spread over processes: see :func:`spanopt.rescale`.
+        total: Given where tokens are spread over processes; see :func:`spanopt.rescale`.
     """
     ridge = max(default_ridge(dtype), ridge or 0.0)
-    # With this shift, relative to the trace, the factor exists despite rounding. Identical tokens
-    # are the worst: their Gram matrix has eigenvalues down to -16 of these units.
+    # This shift is relative to the trace. With it the Cholesky factor exists despite rounding.
+    # Identical tokens are the worst case, with eigenvalues down to -16 matmul_eps.
     shift = 24 * matmul_eps(dtype)
     q = _scaled(basis.detach(), mask, dtype, total)
     gram = torch.bmm(q.mT, q)
     gram = gram if total is None else total(gram)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    # Any scale will do for a zero basis, and no other has a trace as small as that.
+    # For a zero basis any positive trace will do. Every other basis has a larger trace than this.
     trace = diagonal.sum(-1, keepdim=True).clamp_min_(torch.finfo(dtype).tiny ** 0.75)
     diagonal.add_(trace, alpha=max(shift, ridge))
     identity = torch.eye(q.shape[-1], dtype=dtype, device=q.device)
     inverse, failed = inverse_factor(gram, identity)
     whitened = torch.bmm(q, inverse)
-    del q  # the next buffer takes its place
+    del q  # its memory can be reused for the next buffer
     gram = torch.bmm(whitened.mT, whitened)
     gram = gram if total is None else total(gram)
     gram = torch.baddbmm(gram, (inverse * trace[..., None]).mT, inverse, alpha=ridge)
@@ -115,7 +115,7 @@ def span_of(
 
 
 def matrices(x: Tensor, mask: Tensor | None, dtype: torch.dtype, *, copy: bool = False) -> Tensor:
-    """Return x as (matrices, N, d), with zeros for masked tokens; it may be a view of x."""
+    """Return x as (matrices, N, d), with zeros at masked tokens. It may be a view of x."""
     shape = x.shape[:-2].numel(), *x.shape[-2:]
     if mask is None and not copy and x.dtype == dtype:
         return x.reshape(shape)
@@ -129,21 +129,22 @@ def _clear(x: Tensor, where: Tensor) -> None:
     """Set x to zero where a condition holds, in place."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         x.masked_fill_(where, 0)
-    else:  # clearing bits takes a ninth of the time on a CPU, and has no derivative
+    else:  # on a CPU clearing bits takes a ninth of the time, but it has no derivative
         integer = torch.int64 if x.dtype == torch.float64 else torch.int32
         x.view(integer).bitwise_and_(where.to(integer).sub_(1))
 
 
 def _scaled(basis: Tensor, mask: Tensor | None, dtype: torch.dtype, total: Total | None) -> Tensor:
-    """Return a copy of the basis as (matrices, N, d), each times a power of two.
+    """Return a copy of the basis as (matrices, N, d), each matrix times a power of two.
 
-    The largest entry of each matrix is then about 1, which changes no span and, but for entries
-    below the smallest normal number, no digit. Squares of float16 numbers need none of that.
+    The largest entry of each matrix is then about 1. This changes no span. It also changes no digit
+    except in entries below the smallest normal number. Squares of float16 numbers never leave the
+    range of float32, so float16 needs no scaling.
     """
     q = matrices(basis, mask, dtype, copy=True)
     if basis.dtype == torch.float16:
         return q
     largest = largest_entries(q)
-    if total is not None:  # every process has to scale its tokens alike
+    if total is not None:  # every process must scale its tokens by the same power
         largest = total(largest, "max")
     return q.mul_(inverse_power(largest))

@@ -1,19 +1,20 @@
 """Triton kernels: ``factor * P x + rest * x`` by CholeskyQR2, with all d x d matrices on the chip.
 
-Each program has one matrix of (batch, head), or a part of its tokens, and three steps:
+Each program works on the matrix of one (batch, head), or on a part of its tokens. It has three
+steps:
 
-1. G = Q^T Q over its tokens, from which T is made, with T T^T (G + shift I) = I;
-2. A = Q T, M = A^T A + rho T^T T and U = A^T x over its tokens;
-3. X = M^{-1} U, and A X over its tokens, with the A of step 2, bit for bit.
+1. Compute G = Q^T Q over its tokens, and from it T with T T^T (G + shift I) = I.
+2. Compute A = Q T, M = A^T A + rho T^T T and U = A^T x over its tokens.
+3. Compute X = M^{-1} U, and A X over its tokens. A is the same as in step 2, bit for bit.
 
-:func:`fused` does all three. Where there are too few matrices for the device, the tokens of each
-are split, and :func:`gram`, :func:`inner` and :func:`outer` do one step each.
+:func:`fused` does all three steps. If there are too few matrices for the device, the tokens of each
+matrix are split. Then :func:`gram`, :func:`inner` and :func:`outer` do one step each.
 
-d is padded to a power of two: columns of zeros get coefficients of zero and change nothing else.
-PRECISION says in how many products of tensor cores one of float32 numbers is done.
+d is padded to a power of two. Columns of zeros get coefficients of zero and change nothing else.
+PRECISION says how many products on tensor cores compute one product of float32 numbers.
 """
 
-# Triton reads the annotations of a kernel itself, so they are no strings here.
+# Triton reads the annotations of a kernel, so they must not be strings.
 import triton
 import triton.language as tl
 
@@ -52,7 +53,7 @@ def gram(
 ):  # fmt: skip
     """Do step 1 for a part of the tokens.
 
-    It writes ``grams`` (matrices, splits, WIDTH, WIDTH) and ``scales`` (matrices, splits).
+    This writes ``grams`` (matrices, splits, WIDTH, WIDTH) and ``scales`` (matrices, splits).
     """
     matrix, first, last = _part(length, splits, ROWS)
     batch, head = matrix // heads, matrix % heads
@@ -70,10 +71,10 @@ def inner(
     mask_b, mask_h, mask_n, heads, length, d, splits, shift,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Do step 2 for a part of the tokens: ``ms`` and ``us`` are like ``grams``.
+    """Do step 2 for a part of the tokens. This writes ``ms`` and ``us``, shaped like ``grams``.
 
-    What the parts of a matrix share is stored by the first of them: ``ts`` (matrices, WIDTH,
-    WIDTH), and the scale and the trace of G, ``kept`` (matrices, 2).
+    The first part of each matrix also stores what all its parts share: ``ts`` (matrices, WIDTH,
+    WIDTH), and in ``kept`` (matrices, 2) the scale and the trace of G.
     """
     matrix, first, last = _part(length, splits, ROWS)
     batch, head = matrix // heads, matrix % heads
@@ -132,7 +133,7 @@ def outer(
 
 @triton.jit
 def _part(length, splits, ROWS: tl.constexpr):
-    """Return the matrix of this program, and the first and the last of its tokens."""
+    """Return the matrix of this program, its first token and the end of its tokens."""
     each = tl.cdiv(tl.cdiv(length, splits), ROWS) * ROWS
     first = tl.program_id(0) % splits * each
     return tl.program_id(0) // splits, first, tl.minimum(first + each, length)
@@ -145,14 +146,14 @@ def _offset(batch, head, batch_stride, head_stride):
 
 @triton.jit
 def _square(index, WIDTH: tl.constexpr):
-    """Return the offsets of a matrix in a contiguous tensor of many."""
+    """Return the offsets of one matrix in a contiguous tensor of matrices."""
     at = tl.arange(0, WIDTH)
     return index.to(tl.int64) * (WIDTH * WIDTH) + at[:, None] * WIDTH + at[None, :]
 
 
 @triton.jit
 def _real(mask, mask_n, rows, last):
-    """Return which rows are tokens of this program, and not masked."""
+    """Return which rows are tokens of this program and are not masked."""
     inside = rows < last
     if mask is not None:
         real = tl.load(mask + rows.to(tl.int64) * mask_n, mask=inside, other=0)
@@ -162,7 +163,7 @@ def _real(mask, mask_n, rows, last):
 
 @triton.jit
 def _block(start, row_stride, column_stride, rows, inside, d, WIDTH: tl.constexpr):
-    """Return rows of a matrix in float32, with zeros where they are not inside."""
+    """Return rows of a matrix in float32. A row that is not inside becomes zeros."""
     columns = tl.arange(0, WIDTH)
     at = rows.to(tl.int64)[:, None] * row_stride + columns[None, :] * column_stride
     return tl.load(start + at, mask=inside[:, None] & (columns < d)[None, :], other=0).to(
@@ -175,17 +176,17 @@ def _products(
     q, q_n, q_d, mask, mask_n, first, last, d,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, GRAM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the Gram matrix of some rows, each times a scale, and that scale.
+    """Return the Gram matrix of some rows after multiplying them by a scale, and that scale.
 
-    It is 1, unless the squares of the entries leave the range in which float32 adds them up: then
-    it is a power of two for which the largest entry is about 1.
+    The scale is 1 if float32 can add up the squares of the entries. Otherwise it is a power of two
+    that brings the largest entry near 1.
     """
     scale = tl.full([], 1.0, tl.float32)
     g = _sum_of_products(
         scale, q, q_n, q_d, mask, mask_n, first, last, d, WIDTH, ROWS, GRAM, PRECISION
     )
     trace = _trace(g, WIDTH)
-    if not ((trace > 1e-20) & (trace < 1e20)):  # also where it is not a number
+    if not ((trace > 1e-20) & (trace < 1e20)):  # also true for NaN
         largest = tl.full([], 0.0, tl.float32)
         for start in range(first, last, ROWS):
             rows = start + tl.arange(0, ROWS)
@@ -207,7 +208,7 @@ def _sum_of_products(
     for start in range(first, last, ROWS):
         rows = start + tl.arange(0, ROWS)
         block = _block(q, q_n, q_d, rows, _real(mask, mask_n, rows, last), d, WIDTH)
-        block = (block * scale).to(GRAM)  # of half precision: their products are exact in float32
+        block = (block * scale).to(GRAM)  # float32 holds products of half precision exactly
         g = tl.dot(tl.trans(block), block, g, input_precision=PRECISION)
     return g
 
@@ -229,7 +230,7 @@ def _trace(square, WIDTH: tl.constexpr):
 def _whitening(g, shift, WIDTH: tl.constexpr):
     """Return T with T T^T (G + shift trace(G) I) = I, upper triangular, and the trace."""
     trace = _trace(g, WIDTH)
-    trace = tl.where(trace == 0, 1.0, trace)  # any scale will do for a zero basis
+    trace = tl.where(trace == 0, 1.0, trace)  # any positive trace will do for a zero basis
     trace = tl.where(trace < float("inf"), trace, float("nan"))
     at = tl.arange(0, WIDTH)
     g += tl.where(at[:, None] == at[None, :], shift * trace, 0.0)
@@ -240,13 +241,14 @@ def _whitening(g, shift, WIDTH: tl.constexpr):
 def _inverse_factor(s, least, WIDTH: tl.constexpr):
     """Return L^{-1} for S = L L^T, by elimination in place.
 
-    In exact arithmetic no pivot is below ``least``, so none is let below it.
+    In exact arithmetic no pivot is below ``least``. Smaller pivots, due to rounding, are raised to
+    it.
     """
     at = tl.arange(0, WIDTH)
     row, column = at[:, None], at[None, :]
     pivots = tl.full([WIDTH], 1.0, tl.float32)
     for j in range(WIDTH):
-        # Left of column j, S holds what is known of the inverse of the unit lower factor.
+        # Left of column j, S holds the computed columns of the inverse of the unit lower factor.
         at_row = tl.sum(tl.where(row == j, s, 0.0), axis=0)
         at_column = tl.sum(tl.where(column == j, s, 0.0), axis=1)
         pivot = tl.sum(tl.where(at == j, at_row, 0.0))
@@ -264,7 +266,7 @@ def _inner(
     t, scale, q, q_n, q_d, x, x_n, x_d, mask, mask_n, first, last, d,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return A^T A and A^T x over some rows."""
+    """Return A^T A and A^T x, summed over some rows."""
     m = tl.zeros([WIDTH, WIDTH], tl.float32)
     u = tl.zeros([WIDTH, WIDTH], tl.float32)
     for start in range(first, last, ROWS):

@@ -1,4 +1,4 @@
-"""A whitened basis in use: rescaling by matrix products, on a CPU in pieces that fit its cache."""
+"""Rescaling with a whitened basis. On a CPU a batch is cut into pieces that fit its cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def combined(
     if total is None and (basis.numel() == 0 or x.numel() == 0):
         return torch.zeros_like(x) if rest is None else (x.to(dtype) * rest).to(x.dtype)
     with full_precision(basis.device.type):
-        # Accelerators want a batch whole, and torch.compile would repeat its code for each piece.
+        # Accelerators are faster with a whole batch, and torch.compile would repeat the code for
+        # each piece.
         if total is not None or basis.device.type != "cpu" or torch.compiler.is_compiling():
             real = matrices(x, mask, dtype)
             result = _projected(basis, [real], x.shape, ridge, mask, factor, dtype, total)
@@ -48,7 +49,7 @@ def combined(
 
 
 def orthonormal_basis(basis: Tensor, *, ridge: float | None, mask: Tensor | None) -> Tensor:
-    """Return U with U U^T = P, shaped like the basis, in the dtype that is computed in."""
+    """Return U with U U^T = P. It is shaped like the basis and has the dtype computed in."""
     dtype = compute_dtype(basis.dtype)
     if basis.numel() == 0:
         return torch.zeros_like(basis, dtype=dtype)
@@ -66,7 +67,7 @@ def _piece(
     rest: Tensor | None,
     dtype: torch.dtype,
 ) -> None:
-    """Write ``factor * P x + rest * x`` into ``out``, without a copy of x where views will do."""
+    """Write ``factor * P x + rest * x`` into ``out``. If views of x suffice, x is not copied."""
     views = stacks(x) if mask is None and x.dtype == dtype else []
     views = views or [matrices(x, mask, dtype)]
     result = _projected(basis, views, x.shape, ridge, mask, factor, dtype)
@@ -88,7 +89,7 @@ def _projected(
     dtype: torch.dtype,
     total: Total | None = None,
 ) -> Tensor:
-    """Return ``factor * P x``, of the shape of x, which is given as views (matrices, N, m)."""
+    """Return ``factor * P x`` in the given shape of x. x is given as views (matrices, N, m)."""
     span = span_of(basis, mask, ridge, dtype, total)
     parts = span.whitened.split(len(views[0])) if len(views) > 1 else [span.whitened]
     products = [torch.bmm(part.mT, view) for part, view in zip(parts, views, strict=True)]

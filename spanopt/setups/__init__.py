@@ -1,6 +1,6 @@
-"""Projection setups: what counts as the parallel part of a gradient, one file for each.
+"""Projection setups: rules for what counts as the parallel part of a gradient, one file for each.
 
-A setup of your own is a function; the decorator :func:`setup` gives it a name::
+To write your own setup, write a function. The decorator :func:`setup` gives it a name::
 
     from spanopt.setups import setup
 
@@ -12,11 +12,11 @@ A setup of your own is a function; the decorator :func:`setup` gives it a name::
     SpanScaledOptimizer(adamw, model, {"*": (2.0, 1.0)}, projection="first half")
 """
 
-# In the order in which errors list them.
+# The order of these imports is the order in which errors list the setups.
 from spanopt.setups import span, cross, oblique, radial, feature, pooled  # isort: skip  # noqa: F401
 from spanopt.setups.registry import SETUPS, Setup, SetupFunction, setup
 
 __all__ = ["SETUPS", "SPAN", "Setup", "SetupFunction", "setup"]
 
 SPAN = SETUPS["span"]
-"""The default."""
+"""The default setup."""

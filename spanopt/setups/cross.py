@@ -1,4 +1,4 @@
-"""Setup ``cross``: the column space of the other side: of K for a gradient of Q."""
+"""Setup ``cross``: the span of the other side, which is that of K for a gradient of Q."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cross(
     ridge: float | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Project onto the column space of the other side: of K for a gradient of Q.
+    """Project onto the span of the other side: for a gradient of Q, the column space of K.
 
     Args:
         grad: Gradient of the basis, shape ``(..., N, d)``.

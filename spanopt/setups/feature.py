@@ -24,8 +24,8 @@ def feature(
 ) -> Tensor:
     """Project each token's gradient onto the leading feature directions of the other side.
 
-    Those are the right singular directions of K (for a gradient of Q) that carry 90 % of its
-    squared norm.
+    For a gradient of Q these are the leading right singular vectors of K. As many are taken as
+    carry 90 % of the squared norm of K.
 
     Args:
         grad: Gradient of the basis, shape ``(..., N, d)``.

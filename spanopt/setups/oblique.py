@@ -1,4 +1,4 @@
-"""Setup ``oblique``: the span of Q along the complement of that of K."""
+"""Setup ``oblique``: onto the span of Q, along the orthogonal complement of the span of K."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spanopt.setups.registry import setup
 
 __all__ = ["oblique"]
 
-# At most 1 / (2 sqrt(c)) times the norm of a gradient is in its oblique part.
+# Called r here: the norm of the oblique part is at most 1 / (2 sqrt(r)) times the gradient's.
 _OBLIQUE_RIDGE = 1 / 256
 
 
@@ -23,11 +23,12 @@ def oblique(
     ridge: float | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Project onto the span of Q along the complement of that of K: Q (K^T Q)^+ K^T.
+    """Project onto the span of Q along the orthogonal complement of that of K: Q (K^T Q)^+ K^T.
 
-    Its norm is the larger the more the two spans differ; here it is bounded. In terms of the
-    cosines c of the angles between the spans a direction gets the weight c / (c^2 + 1/256) in place
-    of 1/c, so that the norm is at most 8 and, between equal spans, 0.4 % too small.
+    The more the two spans differ, the larger is the norm of this projector. Here the norm is
+    bounded. Let c be the cosine of an angle between the spans. Its direction gets the weight
+    c / (c^2 + 1/256) in place of 1/c. So the norm is at most 8, and 0.4 % too small between equal
+    spans.
 
     Args:
         grad: Gradient of the basis, shape ``(..., N, d)``.

@@ -21,7 +21,7 @@ def pooled(
 ) -> Tensor:
     """Project onto the span of a head's queries (or keys) over the whole batch.
 
-    One X is solved for all sequences, and each sequence's part is Q_i X.
+    One X is fitted to all sequences of the batch. The parallel part of sequence i is Q_i X.
 
     Args:
         grad: Gradient of the basis, shape ``(B, ..., N, d)``.

@@ -1,4 +1,4 @@
-"""Setup ``radial``: each token's own direction."""
+"""Setup ``radial``: the direction of each token's own query (or key) vector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of projection setups: what a setup is, how one is declared and found."""
+"""The registry of projection setups: what a setup is, how it is declared and how it is found."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _numbers = itertools.count(1)
 class Setup:
     """A rule for what counts as the parallel part of a gradient.
 
-    Calling it returns the parallel part; what that leaves, g - P g, is the violation.
+    Calling it returns the parallel part P g of a gradient g. The rest, g - P g, is the violation.
 
     Args:
         name: Name of the setup, for errors and for the argument ``projection=``.
         function: Computes the parallel part: see :data:`SetupFunction`.
-        needs_other: Whether the function reads the other side. It is then never called without.
-        equal_lengths: Whether queries and keys must be of equal number.
+        needs_other: Whether the function reads the other side. If so, it always gets it.
+        equal_lengths: Whether there must be as many queries as keys.
 
     Example:
         >>> import torch
@@ -52,7 +52,7 @@ class Setup:
     key: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # Compiled code takes text across its border and no functions: see `carried`.
+        # Text can be passed out of compiled code, and functions cannot: see `carried`.
         object.__setattr__(self, "key", f"{self.name} {next(_numbers)}")
         _carried[self.key] = self
 
@@ -78,7 +78,8 @@ class Setup:
             The parallel part, with the shape and dtype of ``grad``.
 
         Raises:
-            ValueError: The other side is needed and not given, or has another number of tokens.
+            ValueError: The other side is needed and not given, or must have as many tokens and
+                does not.
         """
         if self.needs_other and other is None:
             raise ValueError(f"the projection {self.name!r} {_NEEDS_OTHER}")
@@ -90,14 +91,14 @@ class Setup:
         return self.function(grad, basis, other, ridge=ridge, mask=mask)
 
     def check_other(self, other: Tensor | None, where: str) -> None:
-        """Refuse to go without the other side where it is needed.
+        """Refuse a missing other side if the setup needs it.
 
         Args:
-            other: The other side.
+            other: The other side, or ``None``.
             where: The layer or the call, for the error.
 
         Raises:
-            ValueError: It is needed and not given.
+            ValueError: The other side is needed and not given.
         """
         if self.needs_other and other is None:
             raise ValueError(f"{where}: the projection {self.name!r} {_NEEDS_OTHER}")
@@ -107,15 +108,15 @@ class Setup:
         """Return the setup that a user's argument stands for.
 
         Args:
-            value: The name of a registered setup, a setup, or a function. A function is taken to
-                need the other side; ``Setup(name, function, needs_other=False)`` says that it
+            value: The name of a registered setup, a setup, or a function. A function counts as
+                needing the other side. ``Setup(name, function, needs_other=False)`` says that it
                 does not.
 
         Returns:
-            The setup. A function's is not registered: it lives as long as it is used.
+            The setup. The setup of a function is not registered: it lives as long as it is used.
 
         Raises:
-            TypeError: ``value`` is neither.
+            TypeError: ``value`` is none of these.
             ValueError: No setup has this name.
 
         Example:
@@ -156,15 +157,15 @@ _NEEDS_OTHER = "needs the other side's tensor, which was not given"
 SETUPS: dict[str, Setup] = {}
 """The registered setups by name."""
 
-# Alive for as long as somebody holds them.
+# All setups by key. A setup is here as long as something else keeps it alive.
 _carried: weakref.WeakValueDictionary[str, Setup] = weakref.WeakValueDictionary()
 
 
 def carried(key: str) -> Setup:
-    """Return the setup, registered or a user's, that has this ``key``.
+    """Return the setup, registered or not, that has this ``key``.
 
     Args:
-        key: Attribute of a setup that is still in use.
+        key: The attribute ``key`` of a setup that is still in use.
     """
     return _carried[key]
 
@@ -177,10 +178,10 @@ def setup(
     Args:
         name: The name.
         needs_other: Whether the function reads the other side: K for a gradient of Q.
-        equal_lengths: Whether queries and keys must be of equal number.
+        equal_lengths: Whether there must be as many queries as keys.
 
     Returns:
-        A decorator, which returns the function as it is.
+        A decorator, which returns the function unchanged.
 
     Raises:
         ValueError: A setup of this name is registered already.

@@ -1,4 +1,4 @@
-"""Setup ``span``: the column space of Q (or K) itself: the default."""
+"""Setup ``span``, the default: the column space of Q (or K) itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def span(
     ridge: float | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Project onto the column space of Q (or K) itself: the default.
+    """Project onto the column space of Q (or K) itself. This is the default.
 
     Args:
         grad: Gradient of the basis, shape ``(..., N, d)``.
