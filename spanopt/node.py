@@ -32,7 +32,7 @@ def span_node(
     """Return a view of ``x`` whose gradient is rescaled in backward.
 
     Forward values are those of ``x``, bit for bit. In backward the gradient g becomes
-    ``parallel * P g + violation * (g - P g)``, where P is the projector onto the column space of
+    ``parallel * P g + violation * (g - P g)``. Here P is the projector onto the column space of
     ``x``. Under double backward the projector counts as a constant.
 
     Args:

@@ -57,7 +57,7 @@ class ScaledLayers:
         return [tap.site.name for tap in unscaled(self._taps)]
 
     def forget(self) -> None:
-        """Forget which layers were seen. This runs after each optimizer step.
+        """Forget which layers were seen, for example after an optimizer step.
 
         Example:
             >>> from torch import nn

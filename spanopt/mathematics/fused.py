@@ -64,12 +64,12 @@ def combined(
     """Return ``factor * P x + rest * x``: see :func:`spanopt.mathematics.formulations.combined`.
 
     Args:
-        basis: As in that function.
-        x: As in that function.
-        ridge: As in that function.
-        mask: As in that function.
-        factor: As in that function.
-        rest: As in that function.
+        basis: Q, shape ``(..., N, d)``. It counts as a constant.
+        x: Shape ``(..., N, d)``. The result is differentiable in it.
+        ridge: The ridge as the user gave it; ``None`` for the default.
+        mask: Boolean, broadcastable to ``(..., N)``, true at real tokens, or ``None`` if all are.
+        factor: Shape ``()`` or ``(H, 1, 1)``; ``None`` for 1.
+        rest: Shape ``()`` or ``(H, 1, 1)``; with ``None`` nothing is added.
         parts: The number of parts that the tokens of each matrix are split into; 0 for a number
             that suits the device.
     """

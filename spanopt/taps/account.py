@@ -86,7 +86,7 @@ class Account:
         return [way for way, is_so in ways.items() if is_so]
 
     def forget(self) -> None:
-        """Reset what is noted for one step. This runs after each optimizer step."""
+        """Reset what is noted for one step, for example after an optimizer step."""
         for name in _SINCE_STEP:
             setattr(self, name, False)
         self.weights.forget()

@@ -143,7 +143,7 @@ class Repeats:
         return self._given[0]
 
     def forget(self) -> None:
-        """Forget past forward passes. This runs after each optimizer step."""
+        """Forget past forward passes, for example after an optimizer step."""
         self._given = []
 
 

@@ -89,7 +89,7 @@ class LayerMode(TorchFunctionMode):
             self._repeats.remember((thread.tokens or {}).get(self.site.name))
 
     def forget_tokens(self) -> None:
-        """Forget the tokens of past forward passes. This runs after each optimizer step."""
+        """Forget the tokens of past forward passes, for example after an optimizer step."""
         self._repeats.forget()
 
     def leave(self) -> None:
@@ -173,10 +173,10 @@ class LayerMode(TorchFunctionMode):
 
 
 def keeping(place: Place) -> AbstractContextManager[Any]:
-    """Return a context in which to make nodes. In it nodes keep what they save, where they must.
+    """Return a context for making nodes. Where it is needed, nodes in it keep what they save.
 
-    They must where the layer checkpoints a part of itself. That part runs again for the backward
-    pass while the layer does not, so it has no nodes then. What its nodes saved would be lost.
+    It is needed where the layer checkpoints a part of itself. For the backward pass that part runs
+    again without the layer, and so without nodes. What its first nodes saved would be lost.
 
     Args:
         place: Where the nodes are made.

@@ -94,7 +94,7 @@ class Tap(LayerMode):
         return None if call is not None and call.unmeasured else self.watcher
 
     def forget_tokens(self) -> None:
-        """Forget the tokens and masks of past forward passes. This runs after optimizer steps."""
+        """Forget the tokens and masks of past forward passes, say after an optimizer step."""
         super().forget_tokens()
         self.verdicts.forget()
 

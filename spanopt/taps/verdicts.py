@@ -43,7 +43,7 @@ class Verdicts:
             self.unclear = _counter(device)
 
     def forget(self) -> None:
-        """Forget the masks of past forward passes. This runs after each optimizer step."""
+        """Forget the masks of past forward passes, for example after an optimizer step."""
         for noted in self.noted:
             noted.masks = []
         if self.deferred:

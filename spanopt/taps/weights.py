@@ -17,9 +17,10 @@ __all__ = ["OwnWeights"]
 class OwnWeights:
     """The weights that make a layer's Q and K, watched in case no module's call shows their use.
 
-    A hook on one of the weights is called when a backward pass has its gradient. If calls that were
-    seen did not account for all of it, the graph of the backward pass is searched for attention
-    over these weights without a node. Attention in compiled code and in kernels is not found there.
+    A hook on one of the weights is called when a backward pass has its gradient. If not all of it
+    came from calls that were seen, the graph of the backward pass is searched. The search is for
+    attention over these weights without a node. It does not find attention in compiled code or in
+    kernels.
 
     Args:
         parameters: The weights. No other layer has them.
@@ -28,8 +29,8 @@ class OwnWeights:
 
     Attributes:
         found: A backward pass went through attention over these weights that was not seen.
-        unsure: Attention was seen that looks unseen in the autograd graph, as where all scales are
-            1 and there are no nodes. Then unseen attention is not looked for.
+        unsure: Attention was seen that looks unseen in the autograd graph, for example because all
+            scales are 1 and it has no nodes. Then unseen attention is not looked for.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter] = (), needed: bool = False) -> None:
@@ -67,7 +68,7 @@ class OwnWeights:
             self.remove()
 
     def forget(self) -> None:
-        """Forget what came from calls that were seen. This runs after each optimizer step."""
+        """Forget what came from calls that were seen, for example after an optimizer step."""
         self.found = self.unsure = False
         self._alias = None
         self._delivered.clear()
