@@ -27,8 +27,8 @@ __all__ = [
     "transposed",
 ]
 
-# Terms up to this one forbid a score. Usual ones are -inf, the dtype's minimum, -1e9, and -1e4,
-# which bfloat16 rounds.
+# A term that is added to a score forbids attention if it is at most this. Usual terms are -inf, the
+# dtype's minimum, -1e9 and -1e4, which bfloat16 rounds.
 _FORBIDDING = -9e3
 
 
@@ -167,7 +167,7 @@ class Verdict(NamedTuple):
     Attributes:
         queries: Boolean, true at real queries: shape ``(B, N)``.
         keys: Boolean, true at real keys: shape ``(B, M)``.
-        refused: Whether closed tokens may be padding or not, and nothing tells which: boolean, no
+        refused: Whether tokens are closed and nothing tells if they are padding: boolean, no
             dimension.
     """
 
@@ -230,7 +230,7 @@ def _of_one_sequence(shown: Shown, n: int, padding: Sequence[Tensor]) -> Verdict
     """Judge a mask of self-attention.
 
     Everything is computed as tensors, so that nothing waits for a device. ``strict`` tells whether
-    the mask is strictly causal, although the first token may see itself. ``unexplained`` tells
+    the mask is strictly causal; the first token may still see itself. ``unexplained`` tells
     whether more is closed than a strictly causal mask closes. ``regular`` tells whether all open
     tokens are seen and see themselves.
     """

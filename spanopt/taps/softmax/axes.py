@@ -137,7 +137,7 @@ def in_order(x: Tensor, axes: Axes, shape: Sequence[int]) -> Tensor:
     x = x[(None,) * (len(shape) - x.ndim)]
     left, right, heads = ([axis + x.ndim for axis in group] for group in axes)
     rest = [i for i in range(x.ndim) if i not in (*left, *right, *heads)]
-    # The other dimensions are those of the batch. They become one, which is the form nodes take.
+    # If heads come before the batch, the dimensions of the batch become one, as nodes have it.
     groups = [rest, heads, left, right] if heads else [*([i] for i in rest), left, right]
     sizes = []
     for group in groups:
