@@ -197,7 +197,7 @@ def kill_at_random(arguments, rng):
     return process.returncode == 0
 
 
-def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path):
+def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path, soak):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     longer = ("--steps", "60", "--eval-every", "7")
     subprocess.run([sys.executable, *command(text, whole, *longer)], check=True)
@@ -209,7 +209,7 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path):
     seed = random.randrange(2**32)
     print("random moments of seed", seed)
     rng = random.Random(seed)
-    for _ in range(2):
+    for _ in range(8 if soak else 1):
         if kill_at_random(resume, rng):
             break
     subprocess.run([sys.executable, *resume], check=True)
