@@ -1,4 +1,4 @@
-"""Inverses of Cholesky factors, in one block and in several."""
+"""Inverses of Cholesky factors."""
 
 from __future__ import annotations
 
