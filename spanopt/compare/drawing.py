@@ -12,7 +12,7 @@ from spanopt.figures import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "aligned", "draw_interval", "forest", "markdown", "save"]
+__all__ = ["COLOURS", "draw_interval", "forest", "markdown", "save"]
 
 # Paul Tol's "bright" colours, which people with any kind of colour blindness can tell apart.
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#AA3377", "#66CCEE", "#8C8C8C")
@@ -23,16 +23,6 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of plain text, with columns of equal width."""
-    lines = [head, *rows]
-    widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
 
 
 def draw_interval(axes: Any, change: Change, y: float, colour: str, label: str = "") -> None:

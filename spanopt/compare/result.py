@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from spanopt.compare.arms import PLAIN
 from spanopt.compare.design import Design
-from spanopt.compare.drawing import aligned, forest, save
+from spanopt.compare.drawing import forest, save
 from spanopt.compare.reading import Reader
 from spanopt.compare.statistics import Change
 from spanopt.compare.store import Store
+from spanopt.table import aligned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +79,7 @@ class Comparison:
         rows += [self._row(arm, change, True) for arm, change in self.equal_time.items()]
         if tuned:
             head.insert(1, "value")
-        return aligned(head, rows)
+        return aligned([head, *rows])
 
     def _row(self, arm: str, change: Change | None, equal_time: bool = False) -> list[str]:
         design = self._design
