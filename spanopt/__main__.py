@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
 import inspect
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import nn
 
 from spanopt import __version__
 from spanopt.compare.command import add_command, run_command
+from spanopt.importing import Refused, imported, one_line
 from spanopt.inspection import inspect_model
 
 __all__ = ["main"]
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             subject, inputs = _from_config(options.hf, options.attn), None
         else:
             subject, inputs = _from_factory(options.factory)
-    except _Refused as error:
+    except Refused as error:
         command.exit(2, f"{command.prog}: error: {error}\n")
     inspection = inspect_model(subject, inputs)
     print(json.dumps(inspection.as_dict(), indent=2) if options.json else inspection)
@@ -82,49 +81,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 _LARGE = 100_000_000  # a model of more parameters gets shapes only, and no memory
 
 
-class _Refused(Exception):
-    """The arguments name no model."""
-
-
 def _from_factory(path: str) -> tuple[nn.Module, Any]:
     """Return the model that a factory makes, and the inputs if it returns any."""
-    found = _imported(path)
+    found = imported(path, "factory")
     made = found
     if not isinstance(found, nn.Module):
         made = _made(path, found)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise _Refused(f"{path!r} gave {type(made).__name__}, neither a model nor (model, inputs)")
+        raise Refused(f"{path!r} gave {type(made).__name__}, neither a model nor (model, inputs)")
     return model, inputs
-
-
-def _imported(path: str) -> Any:
-    """Import and return the object that ``package.module:name`` names."""
-    module_name, colon, attribute = path.partition(":")
-    if not colon or not module_name or not attribute:
-        raise _Refused(f"{path!r} is not of the form package.module:factory")
-    if module_name.endswith(".py"):
-        module = Path(module_name).stem
-        raise _Refused(f"{module_name!r} is a file: name the module, as in {module}:{attribute}")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        raise _Refused(f"cannot import {module_name!r}: {_one_line(error)}") from error
-    for name in attribute.split("."):
-        if not hasattr(found, name):
-            near = difflib.get_close_matches(name, vars(found), n=3)
-            names = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise _Refused(f"cannot import {path!r}: no attribute {name!r}{names}")
-        found = getattr(found, name)
-    return found
 
 
 def _made(path: str, factory: Any) -> Any:
     """Return what a factory returns."""
     if inspect.ismodule(factory) or inspect.isbuiltin(factory):
         kind = "a module" if inspect.ismodule(factory) else "a builtin function"
-        raise _Refused(f"{path!r} is {kind}, neither a model nor a function that returns one")
+        raise Refused(f"{path!r} is {kind}, neither a model nor a function that returns one")
     if not callable(factory):
         return factory
     try:
@@ -133,19 +106,14 @@ def _made(path: str, factory: Any) -> Any:
         pass  # the callable has no signature
     except TypeError as error:
         arguments = inspect.signature(factory)
-        raise _Refused(
+        raise Refused(
             f"{path!r} needs arguments, {arguments}: name a function that takes none, such as "
             f"one that returns {path.rpartition(':')[2]}(...)"
         ) from error
     try:
         return factory()
     except (Exception, SystemExit) as error:
-        raise _Refused(f"{path!r} raised {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    """Return the kind and the first line of an error."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise Refused(f"{path!r} raised {one_line(error)}") from error
 
 
 def _from_config(source: str, attention: str | None) -> nn.Module:
@@ -153,7 +121,7 @@ def _from_config(source: str, attention: str | None) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise _Refused("--hf needs the transformers library: pip install transformers") from error
+        raise Refused("--hf needs the transformers library: pip install transformers") from error
     try:
         config = _config(source, transformers)
         options = {"attn_implementation": attention} if attention else {}
@@ -162,10 +130,10 @@ def _from_config(source: str, attention: str | None) -> nn.Module:
         if sum(parameter.numel() for parameter in model.parameters()) > _LARGE:
             return model
         return transformers.AutoModel.from_config(config, **options)
-    except _Refused:
+    except Refused:
         raise
     except Exception as error:  # the library raises many kinds for a bad config
-        raise _Refused(f"cannot build a model from {source!r}: {_one_line(error)}") from error
+        raise Refused(f"cannot build a model from {source!r}: {one_line(error)}") from error
 
 
 def _config(source: str, transformers: Any) -> Any:
@@ -174,7 +142,7 @@ def _config(source: str, transformers: Any) -> Any:
         text = source if source.lstrip().startswith("{") else Path(source).read_text()
         fields = json.loads(text)
         if "model_type" not in fields:
-            raise _Refused("the config has no model_type")
+            raise Refused("the config has no model_type")
         return _config_class(fields["model_type"], transformers).from_dict(fields)
     if "/" not in source and not Path(source).exists():
         return _config_class(source, transformers)()
@@ -187,7 +155,7 @@ def _config_class(model_type: str, transformers: Any) -> Any:
     if model_type not in known:
         near = difflib.get_close_matches(str(model_type), known, n=3)
         names = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise _Refused(
+        raise Refused(
             f"transformers {transformers.__version__} has no model type {model_type!r}.{names} "
             "(A name on the hub is of the form owner/name.)"
         )

@@ -37,7 +37,7 @@ FLOORS = """
     projection shards groups
     mathematics sites
     traits scale
-    patterns declarations
+    patterns declarations importing
 """
 FLOOR = {name: i for i, line in enumerate(FLOORS.strip().splitlines()) for name in line.split()}
 
@@ -59,6 +59,7 @@ ONLY = {
     "compiling": set(),
     "patterns": set(),
     "declarations": set(),
+    "importing": set(),
 }
 # What a module knows by way of others only.
 NEVER = {
@@ -133,7 +134,7 @@ def test_the_mathematics_and_the_lowest_floors_import_torch_alone(name):
     assert own_imports(name) <= ONLY[name]
     standard = {"__future__", "collections", "contextlib", "typing", "math", "importlib", "sys"}
     standard |= {"types", "weakref", "fnmatch", "re", "difflib", "dataclasses", "itertools"}
-    standard |= {"os", "functools"}
+    standard |= {"os", "functools", "pathlib"}
     if name in ("mathematics.fused", "mathematics.triton_kernels"):
         standard.add("triton")  # where it is first needed: see tests/mathematics/test_triton.py
     others = {full.split(".")[0] for full in imports(MODULES[name].read_text(encoding="utf-8"))}

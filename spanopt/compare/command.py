@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from spanopt.compare.arms import CONTROLS, Arm
+from spanopt.importing import Refused, imported
 
 __all__ = ["add_command", "run_command"]
 
@@ -71,7 +70,7 @@ def run_command(options: argparse.Namespace) -> int:
 
     try:
         result = compare(
-            _imported(options.train),
+            _training(options.train),
             dict(_arm(text, options.layers) for text in options.arm),
             options.seeds,
             tune=_tune(options.tune),
@@ -98,20 +97,10 @@ def run_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _imported(path: str) -> Callable[..., Any]:
-    module_name, colon, attribute = path.partition(":")
-    if not colon or not module_name or not attribute:
-        raise ValueError(f"{path!r} is not of the form package.module:train")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-        for name in attribute.split("."):
-            found = getattr(found, name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import {path!r}: {error}") from error
+def _training(path: str) -> Callable[..., Any]:
+    found = imported(path, "train")
     if not callable(found):
-        raise ValueError(f"{path!r} is {type(found).__name__}, not a function that trains")
+        raise Refused(f"{path!r} is {type(found).__name__}, not a function that trains")
     return found
 
 
