@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spanopt.mathematics.gram import shift_for
 from spanopt.mathematics.precision import default_ridge
 from spanopt.mathematics.spans import Total
 
@@ -171,7 +172,7 @@ def _launch(
         mask = mask.reshape(batch, heads, length).view(torch.uint8)
     of_mask = (0, 0, 0) if mask is None else mask.stride()
     factors = [0 if f is None or f.ndim == 0 else f.stride(0) for f in (factor, rest)]
-    shift = max(8 * torch.finfo(torch.float32).eps, ridge)
+    shift = max(shift_for(torch.finfo(torch.float32).eps), ridge)
     sizes = heads, length, d
     interpreted = triton.knobs.runtime.interpret  # the interpreter computes in full float32
     options = settings(width, "ieee" if interpreted else precision)

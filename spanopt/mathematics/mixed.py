@@ -12,13 +12,14 @@ from torch import Tensor
 
 from spanopt.mathematics import whitening
 from spanopt.mathematics.factors import inverse_factor
+from spanopt.mathematics.gram import add_shift, gram_of, product, shift_for
 from spanopt.mathematics.magnitudes import inverse_power, largest_entries
 from spanopt.mathematics.precision import default_ridge, full_precision
 from spanopt.mathematics.spans import Total
 
 __all__ = ["combined", "why_not"]
 
-_EPS = torch.finfo(torch.float32).eps
+_SHIFT = shift_for(torch.finfo(torch.float32).eps)
 
 
 def why_not(basis: Tensor, x: Tensor, total: Total | None) -> str:
@@ -51,21 +52,18 @@ def combined(
     ridge = max(default_ridge(torch.float32), ridge or 0.0)
     with full_precision(basis.device.type):
         q = _scaled(_matrices(basis.detach(), mask))
-        gram = _product(q.mT, q)
-        diagonal = gram.diagonal(dim1=-2, dim2=-1)
-        trace = diagonal.sum(-1, keepdim=True)
-        trace = trace.masked_fill(trace == 0, 1)
-        diagonal.add_(trace, alpha=max(8 * _EPS, ridge))
+        gram = gram_of(q)
+        trace = add_shift(gram, max(_SHIFT, ridge))
         inverse, failed = inverse_factor(gram)
         whitened = _times(q, inverse).to(q.dtype)
         ridged = (inverse * (ridge * trace)[..., None]).mT
-        second = torch.baddbmm(_product(whitened.mT, whitened), ridged, inverse)
+        second = torch.baddbmm(gram_of(whitened), ridged, inverse)
         inverse, failed_again = inverse_factor(second)
         valid = torch.ones_like(trace).masked_fill_((failed + failed_again > 0)[:, None], torch.nan)
         weight = valid.view(*basis.shape[:-2], 1, 1)
         if factor is not None:
             weight = weight * factor
-        inner = _product(whitened.mT, _matrices(x, mask)) * weight.reshape(-1, 1, 1)
+        inner = product(whitened.mT, _matrices(x, mask)) * weight.reshape(-1, 1, 1)
         result = _times(whitened, inverse @ (inverse.mT @ inner)).view(x.shape)
     if rest is not None:
         result.addcmul_(x, rest)
@@ -89,13 +87,6 @@ def _scaled(q: Tensor) -> Tensor:
     return q * inverse_power(largest_entries(q).float()).to(q.dtype)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return in float32 the products of matrices of half precision."""
-    if a.is_cuda:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())
-
-
 def _times(a: Tensor, b: Tensor) -> Tensor:
     """Return in float32 the products of matrices of half precision with float32 matrices."""
     scale = None
@@ -104,5 +95,5 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
         b = b * scale
     high = b.to(a.dtype)
     low = (b - high).to(a.dtype)
-    result = _product(a, high).add_(_product(a, low))
+    result = product(a, high).add_(product(a, low))
     return result if scale is None else result.div_(scale)

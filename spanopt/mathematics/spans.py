@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spanopt.mathematics.factors import inverse_factor
+from spanopt.mathematics.gram import add_shift, gram_of, shift_for
 from spanopt.mathematics.magnitudes import inverse_power, largest_entries
 from spanopt.mathematics.precision import default_ridge, matmul_eps
 
@@ -94,21 +95,16 @@ def span_of(
         total: Given where tokens are spread over processes; see :func:`spanopt.rescale`.
     """
     ridge = max(default_ridge(dtype), ridge or 0.0)
-    # This shift is relative to the trace. With it the Cholesky factor exists despite rounding.
-    # Identical tokens are the worst case, with eigenvalues down to -16 matmul_eps.
-    shift = 24 * matmul_eps(dtype)
+    shift = shift_for(matmul_eps(dtype))
     q = _scaled(basis.detach(), mask, dtype, total)
-    gram = torch.bmm(q.mT, q)
+    gram = gram_of(q)
     gram = gram if total is None else total(gram)
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    # For a zero basis any positive trace will do. Every other basis has a larger trace than this.
-    trace = diagonal.sum(-1, keepdim=True).clamp_min_(torch.finfo(dtype).tiny ** 0.75)
-    diagonal.add_(trace, alpha=max(shift, ridge))
+    trace = add_shift(gram, max(shift, ridge))
     identity = torch.eye(q.shape[-1], dtype=dtype, device=q.device)
     inverse, failed = inverse_factor(gram, identity)
     whitened = torch.bmm(q, inverse)
     del q  # its memory can be reused for the next buffer
-    gram = torch.bmm(whitened.mT, whitened)
+    gram = gram_of(whitened)
     gram = gram if total is None else total(gram)
     gram = torch.baddbmm(gram, (inverse * trace[..., None]).mT, inverse, alpha=ridge)
     return Span(whitened, gram, identity, failed, ridge >= shift, basis.shape[:-2])

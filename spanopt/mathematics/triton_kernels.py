@@ -15,10 +15,15 @@ PRECISION says how many products on tensor cores compute one product of float32 
 """
 
 # Triton reads the annotations of a kernel, so they must not be strings.
+import torch
 import triton
 import triton.language as tl
 
+from spanopt.mathematics.gram import least_trace
+
 __all__ = ["fused", "gram", "inner", "outer"]
+
+_LEAST_TRACE = tl.constexpr(least_trace(torch.float32))
 
 
 @triton.jit
@@ -229,8 +234,7 @@ def _trace(square, WIDTH: tl.constexpr):
 @triton.jit
 def _whitening(g, shift, WIDTH: tl.constexpr):
     """Return T with T T^T (G + shift trace(G) I) = I, upper triangular, and the trace."""
-    trace = _trace(g, WIDTH)
-    trace = tl.where(trace == 0, 1.0, trace)  # any positive trace will do for a zero basis
+    trace = tl.maximum(_trace(g, WIDTH), _LEAST_TRACE, propagate_nan=tl.PropagateNan.ALL)
     trace = tl.where(trace < float("inf"), trace, float("nan"))
     at = tl.arange(0, WIDTH)
     g += tl.where(at[:, None] == at[None, :], shift * trace, 0.0)

@@ -62,6 +62,19 @@ def test_every_awkward_basis_is_projected_on(name: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize(
+    ("width", "dtype", "parts"),
+    [(32, torch.float32, 1), (32, torch.float16, 3), (64, torch.bfloat16, 1)],
+)
+def test_identical_tokens_have_a_span(width: int, dtype: torch.dtype, parts: int) -> None:
+    """Rounding gives their Gram matrix eigenvalues that are far below zero."""
+    basis = normal(2, 1, width).expand(2, 600, width).to(dtype)
+    grad = normal(2, 600, width, seed=1).to(dtype)
+    result = in_parts(grad, basis, parts)
+    expected = expected_rescaled(grad, basis, 1.0, 0.0)
+    assert_near(result, expected, 2 * tolerance(basis[0]), grad)
+
+
+@pytest.mark.parametrize(
     ("width", "dtype"),
     [(32, torch.bfloat16), (64, torch.bfloat16), (96, torch.float16), (128, torch.float32)],
 )
