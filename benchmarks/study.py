@@ -2,6 +2,7 @@
 
     python benchmarks/study.py run                  # all experiments, in order; resumes
     python benchmarks/study.py run primary grid     # some of them
+    python benchmarks/study.py run remaining        # a few seeds of what is left, then more
     python benchmarks/study.py list                 # what there is, and what is left to run
     python benchmarks/study.py table primary        # its comparison, as a table
     python benchmarks/study.py report               # docs/evidence.md from the results
@@ -18,13 +19,14 @@ import functools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from experiments import EXPERIMENTS, GROUPS, QUICK
 from experiments.base import FACTORS
 from experiments.fixed_rates import AT_RATE, fixed_rates_in_order
 from experiments.primary import CONFIRMATION, PRIMARY, SHARES
+from experiments.remaining import remaining_in_order
 from experiments.settings import SETTINGS
 from experiments.variants import GRID, PATHS, RIVALS
 from harness.experiment import Experiment
@@ -42,6 +44,11 @@ from speed.measure import three
 RESULTS = Path(__file__).parent / "results"
 TEMPLATE = Path(__file__).parent / "evidence.in.md"
 DOCS = Path(__file__).parent.parent / "docs"
+# What is run in parts, in an order of its own.
+ORDERED: dict[str, Callable[[], Iterator[Experiment]]] = {
+    "rates": fixed_rates_in_order,
+    "remaining": remaining_in_order,
+}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -81,9 +88,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if args.workers < 1:
             parser.error("--workers must be at least 1")
     if args.command in ("run", "table"):
-        unknown = [name for name in args.names if name not in GROUPS | EXPERIMENTS]
+        known = [*GROUPS, *EXPERIMENTS, *(ORDERED if args.command == "run" else ())]
+        unknown = [name for name in args.names if name not in known]
         if unknown:
-            names = ", ".join([*GROUPS, *EXPERIMENTS])
+            names = ", ".join(dict.fromkeys(known))
             parser.error(f"no group or experiment is named {unknown[0]!r}, only {names}")
     return args
 
@@ -100,7 +108,7 @@ def to_run(names: Sequence[str]) -> list[Experiment]:
     """Return what to run for groups and experiments by name, parts of an experiment included."""
     found: list[Experiment] = []
     for name in names or GROUPS:
-        found += fixed_rates_in_order() if name == "rates" else chosen([name])
+        found += ORDERED[name]() if name in ORDERED else chosen([name])
     return found
 
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from harness.experiment import NEAR_NULL, Experiment
+from harness.texts import OTHER_TEXTS
 from harness.trial import Trial
 
 from experiments.base import FACTORS, HALF, scaled
 
-__all__ = ["AT_LOW_RATE_ELSEWHERE", "AT_RATE", "LONG_AT_RATE", "fixed_rates_in_order"]
+__all__ = ["AT_LOW_RATE_ELSEWHERE", "AT_RATE", "LONG_AT_RATE", "MAIN_ARMS", "fixed_rates_in_order"]
 
 # Plain's best rate is 0.011.
 LOW_RATES = (1e-3, 2e-3)
@@ -29,6 +30,7 @@ RATE_ARMS = {
     "(1, 0.5)": scaled(1, 0.5, HALF),
     "uniform (0.5, 0.5)": scaled(0.5, 0.5, HALF),
 }
+MAIN_ARMS = ("plain", "(2, 1)", "uniform (2, 2)", "(1, 2)")
 # The control that says what a gain is worth: plain training at a somewhat higher rate.
 RATE_FACTORS = (1.02, 1.05, 1.1, 1.2, 1.5)
 ALL_RATES = {f"plain, rate x {factor:g}": factor for factor in RATE_FACTORS}
@@ -46,7 +48,7 @@ def at_rate(lr: float, name: str = "rate", steps: int = 300, seeds: int = 16) ->
         arms |= {arm: replace(base, qk_lr=factor) for arm, factor in QK_RATES.items()}
         factors = ALL_RATES
     if steps != HALF.steps:
-        kept = ("plain", "(2, 1)", "uniform (2, 2)", "(1, 2)", "(2, 1), pooled", "(1, 2), pooled")
+        kept = (*MAIN_ARMS, "(2, 1), pooled", "(1, 2), pooled")
         arms = {arm: arms[arm] for arm in kept}
     return Experiment(
         f"{name}-{lr:g}",
@@ -69,16 +71,15 @@ def fixed_rates_in_order() -> Iterator[Experiment]:
 
     What tells most comes first: low rates, the main arms and their control, half of the seeds.
     """
-    main = ["plain", "(2, 1)", "uniform (2, 2)", "(1, 2)"]
     pooled = ["(2, 1), pooled", "(1, 2), pooled"]
     halves = (slice(0, 8), slice(8, 16))
     for half in halves:
-        for arms in (main, [*ALL_RATES], pooled, [*QK_RATES]):
+        for arms in (MAIN_ARMS, [*ALL_RATES], pooled, [*QK_RATES]):
             for e in AT_LOW_RATE:
                 yield e.part([*dict.fromkeys(["plain", *arms])], half)
     rest = [AT_RATE[lr] for lr in (4e-3, 5e-4, 8e-3, 16e-3)]
     for half in halves:
-        yield from (e.part(main, half) for e in rest)
+        yield from (e.part(MAIN_ARMS, half) for e in rest)
     yield from (e.part(RATE_ARMS, slice(0, 8)) for e in (*AT_LOW_RATE, *rest))
     yield from AT_RATE.values()
 
@@ -156,5 +157,13 @@ AT_LOW_RATE_ELSEWHERE = [
             three_arms(replace(HALF, layers=layers, width=width, heads=width // 32)),
         )
         for layers, width in ((3, 96), (4, 128))
+    ),
+    *(
+        at_low_rate(
+            f"text-{name.lower().replace(' ', '-')}",
+            f"Does it help at a low rate on another text, {name}?",
+            {arm: replace(RATE_ARMS[arm], text=name) for arm in MAIN_ARMS},
+        )
+        for name in OTHER_TEXTS
     ),
 ]

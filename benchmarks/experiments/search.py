@@ -1,25 +1,32 @@
-"""The search for a setting that wins at tuned rates: candidates, their controls and the rule.
+"""The search for a setting that wins near plain's best rate: candidates, controls and the rule.
 
-The protocol was declared before anything of it was run. Every arm is tuned by itself and compared
-with plain on seeds that took part in nothing else. A candidate is chosen if its mean change is
-below zero and below that of its control. What is chosen is confirmed on 16 further seeds and
-another text, with the rates tuned again on four seeds. It wins if its interval against plain is
-below zero, and its interval against its control as well. ``CHOSEN`` is what the rule chose; it is
-empty until the search has been run.
+The protocol was declared before anything of it was run. First, every candidate and its control are
+compared with plain on four seeds that took part in nothing else, all of them at plain's best rate.
+That favours plain, if any arm. Then the rule chooses at most two candidates. A candidate can be
+chosen if its mean change is below zero and below that of its control; of these the rule takes those
+that are furthest ahead. What it chose is confirmed on 16 further seeds and another text, with
+plain's rate tuned again there on four seeds. A candidate wins if its interval against plain is
+below zero, and its interval against its control as well.
+
+An earlier plan tuned every arm by itself, on eight seeds. It was cut to this one for time, before
+anything was run. ``CHOSEN`` is what the rule chose; it is empty until the search has been run.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from harness.experiment import NEAR_NULL, Experiment
-from harness.trial import Trial
 
-from experiments.base import HALF, LRS, scaled
+from experiments.base import HALF, LRS, at_plains_rate, scaled
 from experiments.settings import OPTIMIZER_LRS
 
-__all__ = ["CHOSEN", "SEARCH", "confirmation"]
+__all__ = ["CHOSEN", "SEARCH", "chosen_by_rule", "confirmation"]
 
+BEST_RATE = 0.01131  # plain's, for 300 steps: what was tuned on four seeds for the later sections
+MOST_CHOSEN = 2
 UNIFORM = "uniform (2, 2)"
 CANDIDATES = {
     **{
@@ -45,39 +52,25 @@ CONTROL_OF = {
     "(2, 1) to the weights only": "uniform (2, 2) to the weights only",
     "(1.2, 1)": "uniform (1.2, 1.2)",
 }
-SEEDS = tuple(range(300, 308))
-TUNING_SEEDS = (1100, 1101)
-
-
-def with_optimizer(name: str, base: Trial, lrs: tuple[float, ...]) -> Experiment:
-    """Return the search with another optimizer, where (2, 1) is the candidate."""
-    return Experiment(
-        name,
-        f"Does (2, 1) help {base.optimizer} at tuned rates?",
-        {"plain": base, "(2, 1)": scaled(2, 1, base), UNIFORM: scaled(2, 2, base)},
-        "plain",
-        lrs,
-        SEEDS,
-        TUNING_SEEDS,
-    )
-
+SEEDS = tuple(range(300, 304))
+MUON = replace(HALF, optimizer="Muon", separate=True)
 
 SEARCH = [
     Experiment(
         "search-adamw",
-        "Is there a setting that wins with AdamW at tuned rates?",
+        "Is there a setting that wins with AdamW at plain's best rate?",
         {"plain": HALF, **CONTROLS, **CANDIDATES},
         "plain",
-        LRS,
+        (BEST_RATE,),
         SEEDS,
-        TUNING_SEEDS,
-        lr_of={"near-null (1.0001, 1)": "plain"},
     ),
-    with_optimizer("search-sgd", replace(HALF, optimizer="SGD"), OPTIMIZER_LRS["SGD"]),
-    with_optimizer(
+    at_plains_rate(
         "search-muon-separate",
-        replace(HALF, optimizer="Muon", separate=True),
-        OPTIMIZER_LRS["Muon"],
+        "Does (2, 1) help Muon on separate matrices for Q, K and V?",
+        {"plain": MUON, "(2, 1)": scaled(2, 1, MUON), UNIFORM: scaled(2, 2, MUON)},
+        lrs=OPTIMIZER_LRS["Muon"],
+        seeds=SEEDS,
+        tuning_seeds=(1100,),
     ),
 ]
 CHOSEN: tuple[str, ...] = ()
@@ -88,20 +81,30 @@ def control_of(arm: str) -> str:
     return CONTROL_OF.get(arm, UNIFORM)
 
 
+def chosen_by_rule(changes: Mapping[str, float]) -> tuple[str, ...]:
+    """Return the candidates that the rule chooses, the one that is furthest ahead first.
+
+    Args:
+        changes: The mean change of each arm of the search with AdamW, in per cent.
+    """
+    ahead = {arm: min(0.0, changes[control_of(arm)]) - changes[arm] for arm in CANDIDATES}
+    best_first = sorted(ahead, key=lambda arm: -math.inf if math.isnan(ahead[arm]) else -ahead[arm])
+    return tuple(arm for arm in best_first if ahead[arm] > 0)[:MOST_CHOSEN]
+
+
 def confirmation(chosen: tuple[str, ...]) -> Experiment:
-    """Return the comparison that confirms or refutes what was chosen, to be run on another text.
+    """Return the comparison that confirms or refutes what was chosen, on another text.
 
     Args:
         chosen: Names of candidates of the search with AdamW.
     """
     first = SEARCH[0]
     names = dict.fromkeys(["plain", *(name for arm in chosen for name in (arm, control_of(arm)))])
-    return Experiment(
+    return at_plains_rate(
         "search-confirmation",
         "Does what the search chose hold on fresh seeds and another text?",
-        {name: first.arms[name] for name in names},
-        "plain",
-        LRS,
-        tuple(range(400, 416)),
-        tuple(range(1200, 1204)),
+        {name: replace(first.arms[name], text="help topics") for name in names},
+        lrs=LRS[:3],
+        seeds=tuple(range(400, 416)),
+        tuning_seeds=tuple(range(1200, 1204)),
     )

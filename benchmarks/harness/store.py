@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness.texts import Text
+from harness.texts import Text, text_of
 from harness.trial import Trial
 from spanopt.compare.jsonl import append_line, read_lines
 
@@ -37,7 +37,8 @@ class Store:
         for number, record in read_lines(path):
             try:
                 trial = Trial.read(record["trial"])
-                self.texts[record["text"]["sha256"]] = record["text"]["name"]
+                if trial.text == "given":
+                    self.texts[record["text"]["sha256"]] = record["text"]["name"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}, is not a result: {error!r}") from error
             self._records[trial.key] = record
@@ -48,7 +49,7 @@ class Store:
         return None if record is None else record["result"]
 
     def check_text(self, text: Text) -> None:
-        """Refuse to mix results of two texts.
+        """Refuse to mix results of two texts that the study was given.
 
         Raises:
             ValueError: There are results of another text.
@@ -61,12 +62,21 @@ class Store:
             )
 
     def append(self, experiment: str, trial: Trial, text: Text, result: dict[str, Any]) -> None:
-        """Keep a result, on disk when this returns."""
+        """Keep a result, on disk when this returns.
+
+        Args:
+            experiment: The name of the experiment.
+            trial: The trial.
+            text: The text that the study was given.
+            result: The trial's result.
+        """
+        used = text_of(trial.text, text)
         record = {
             "trial": asdict(trial),
-            "text": {"name": text.name, "sha256": text.digest},
+            "text": {"name": used.name, "sha256": used.digest},
             "result": result,
         }
         append_line(self.folder / f"{experiment}.jsonl", record)
         self._records[trial.key] = record
-        self.texts[text.digest] = text.name
+        if trial.text == "given":
+            self.texts[text.digest] = text.name

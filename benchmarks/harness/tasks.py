@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.models import PADDING, Decoder, Restorer, ViT
-from harness.texts import Text, characters, subwords, windows
+from harness.texts import Text, characters, subwords, text_of, windows
 from harness.trial import Trial
 
 __all__ = ["TASKS", "Task", "build_task"]
@@ -234,4 +234,4 @@ def build_task(trial: Trial, text: Text) -> Task:
     """Return the trial's model, initialised from the current random state, and its data."""
     if trial.task not in TASKS:
         raise ValueError(f"no task is named {trial.task!r}, only {', '.join(TASKS)}")
-    return TASKS[trial.task](trial, text)
+    return TASKS[trial.task](trial, text_of(trial.text, text))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,9 +14,10 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 
-__all__ = ["Text", "characters", "subwords", "windows"]
+__all__ = ["OTHER_TEXTS", "Text", "characters", "subwords", "text_of", "windows"]
 
 SUBWORDS = 1024
+PACKAGES = ("asyncio", "concurrent/futures", "email", "http", "importlib", "json", "logging")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,13 @@ class Text:
         from pydoc_data.topics import topics
 
         return cls.split("Python's help topics", "\n".join(topics.values()))
+
+    @classmethod
+    def source(cls) -> Text:
+        """Return the source text of some packages of Python's standard library."""
+        folder = Path(json.__file__).parents[1]
+        paths = sorted(path for name in PACKAGES for path in (folder / name).glob("*.py"))
+        return cls.split("Python's source", "".join(p.read_text(encoding="utf-8") for p in paths))
 
     @classmethod
     def split(cls, name: str, text: str) -> Text:
@@ -87,3 +97,19 @@ def subwords(text: Text) -> tuple[Tensor, Tensor, int]:
         torch.tensor(tokenizer.encode(part).ids) for part in (text.train, text.validation)
     )
     return train, validation, tokenizer.get_vocab_size()
+
+
+# Texts that every Python comes with, for trials that do not use the one that the study was given.
+OTHER_TEXTS: dict[str, Callable[[], Text]] = {
+    "help topics": lru_cache(maxsize=1)(Text.default),
+    "Python source": lru_cache(maxsize=1)(Text.source),
+}
+
+
+def text_of(name: str, given: Text) -> Text:
+    """Return the text that a trial names: the one that the study was given, or another one."""
+    if name == "given":
+        return given
+    if name not in OTHER_TEXTS:
+        raise ValueError(f"no text is named {name!r}, only 'given', {', '.join(OTHER_TEXTS)}")
+    return OTHER_TEXTS[name]()

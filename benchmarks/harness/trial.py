@@ -51,6 +51,7 @@ class Trial:
         by_share: Whether the parallel factor of each head is its measured parallel share over the
             share of chance, between 1 and ``parallel``, measured every 25 steps.
         separate: Whether Q, K and V have a matrix each, in place of one for all three.
+        text: ``"given"``, or a name of ``harness.texts.OTHER_TEXTS``.
     """
 
     seed: int = 0
@@ -79,6 +80,7 @@ class Trial:
     ridge: float | None = None
     by_share: bool = False
     separate: bool = False
+    text: str = "given"
 
     @property
     def scaled(self) -> bool:
