@@ -200,7 +200,9 @@ FIGURES: dict[str, Callable[[Report], Figure]] = {
     "paths": lambda report: report.forest(PATHS),
     "shares": lambda report: report.shares(SHARES),
     "grid": lambda report: report.heatmap(GRID, FACTORS),
-    "fixed-rates": lambda report: drawn_by_rate([*AT_RATE.values()], DRAWN, report.store),
+    "fixed-rates": lambda report: drawn_by_rate(
+        [*AT_RATE.values()], DRAWN, report.store, report.lr(PATHS, "plain")
+    ),
     "settings": lambda report: report.forest_of_settings(SETTINGS, ["(2, 1)", "uniform (2, 2)"]),
 }
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from harness.experiment import Experiment
 
 from experiments.base import PLAIN, main_arms
-from experiments.fixed_rates import AT_LOW_RATE_ELSEWHERE, AT_RATE, LONG_AT_RATE
+from experiments.fixed_rates import AT_LOW_RATE, AT_LOW_RATE_ELSEWHERE, AT_RATE, LONG_AT_RATE
 from experiments.primary import CONFIRMATION, CONTROLS, PRIMARY, SHARES
 from experiments.search import CHOSEN, SEARCH, confirmation
 from experiments.settings import (
@@ -44,7 +44,8 @@ GROUPS = {
     "sizes": [*SIZES[:1], *PROTOTYPES, *SIZES[1:]],
     "rates": [*AT_RATE.values()],
     "long-rates": LONG_AT_RATE,
-    "low-rate": AT_LOW_RATE_ELSEWHERE,
+    "low-rate": AT_LOW_RATE,
+    "low-rate-elsewhere": AT_LOW_RATE_ELSEWHERE,
     "search": [*SEARCH, *([confirmation(CHOSEN)] if CHOSEN else [])],
 }
 EXPERIMENTS = {experiment.name: experiment for group in GROUPS.values() for experiment in group}

@@ -11,7 +11,14 @@ from harness.trial import Trial
 
 from experiments.base import FACTORS, HALF, scaled
 
-__all__ = ["AT_LOW_RATE_ELSEWHERE", "AT_RATE", "LONG_AT_RATE", "MAIN_ARMS", "fixed_rates_in_order"]
+__all__ = [
+    "AT_LOW_RATE",
+    "AT_LOW_RATE_ELSEWHERE",
+    "AT_RATE",
+    "LONG_AT_RATE",
+    "MAIN_ARMS",
+    "fixed_rates_in_order",
+]
 
 # Plain's best rate is 0.011.
 LOW_RATES = (1e-3, 2e-3)
@@ -63,7 +70,6 @@ def at_rate(lr: float, name: str = "rate", steps: int = 300, seeds: int = 16) ->
 
 AT_RATE = {lr: at_rate(lr) for lr in RATES}
 LONG_AT_RATE = [at_rate(lr, "long-rate", steps=2400, seeds=8) for lr in LOW_RATES]
-AT_LOW_RATE = [AT_RATE[lr] for lr in LOW_RATES]
 
 
 def fixed_rates_in_order() -> Iterator[Experiment]:
@@ -72,15 +78,16 @@ def fixed_rates_in_order() -> Iterator[Experiment]:
     What tells most comes first: low rates, the main arms and their control, half of the seeds.
     """
     pooled = ["(2, 1), pooled", "(1, 2), pooled"]
+    low = [AT_RATE[lr] for lr in LOW_RATES]
     halves = (slice(0, 8), slice(8, 16))
     for half in halves:
         for arms in (MAIN_ARMS, [*ALL_RATES], pooled, [*QK_RATES]):
-            for e in AT_LOW_RATE:
+            for e in low:
                 yield e.part([*dict.fromkeys(["plain", *arms])], half)
     rest = [AT_RATE[lr] for lr in (4e-3, 5e-4, 8e-3, 16e-3)]
     for half in halves:
         yield from (e.part(MAIN_ARMS, half) for e in rest)
-    yield from (e.part(RATE_ARMS, slice(0, 8)) for e in (*AT_LOW_RATE, *rest))
+    yield from (e.part(RATE_ARMS, slice(0, 8)) for e in (*low, *rest))
     yield from AT_RATE.values()
 
 
@@ -98,7 +105,7 @@ def three_arms(base: Trial) -> dict[str, Trial]:
 
 EQUIVALENT = 1.07  # by what factor (2, 1) is worth a higher rate, see docs/evidence.md
 AT_EQUIVALENT = replace(HALF, lr=EQUIVALENT * LOW_RATES[0])
-AT_LOW_RATE_ELSEWHERE = [
+AT_LOW_RATE = [
     replace(
         at_low_rate(
             "equivalent",
@@ -137,6 +144,8 @@ AT_LOW_RATE_ELSEWHERE = [
         },
         seeds=3,
     ),
+]
+AT_LOW_RATE_ELSEWHERE = [
     *(
         at_low_rate(
             f"head-dim-{d}",

@@ -1,4 +1,4 @@
-"""What is left of the study, in an order that was set before any of it was run."""
+"""What is left of the study, in an order that was set before any of it was compared."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from harness.experiment import Experiment
 
 from experiments.fixed_rates import (
+    AT_LOW_RATE,
     AT_LOW_RATE_ELSEWHERE,
     AT_RATE,
     LONG_AT_RATE,
@@ -17,7 +18,7 @@ from experiments.search import CHOSEN, SEARCH, confirmation
 
 __all__ = ["remaining_in_order"]
 
-LOW = {e.name.removeprefix("low-rate-"): e for e in AT_LOW_RATE_ELSEWHERE}
+LOW = {e.name.removeprefix("low-rate-"): e for e in (*AT_LOW_RATE, *AT_LOW_RATE_ELSEWHERE)}
 THREE, FOUR, EIGHT = slice(0, 3), slice(0, 4), slice(0, 8)
 OTHER_PROJECTIONS = ("(2, 1), pooled", "(1, 2), pooled")
 CHANCE = ("near-null (1.0001, 1)", "random subspace (2, 1)")
@@ -25,12 +26,13 @@ CHANCE = ("near-null (1.0001, 1)", "random subspace (2, 1)")
 
 def remaining_in_order() -> Iterator[Experiment]:
     """Return parts of what is left: a few seeds of every question before more seeds of any."""
+    yield few(LOW["text-help-topics"], THREE)
+    yield AT_RATE[16e-3].part(MAIN_ARMS, THREE)
     yield SEARCH[0]
     if CHOSEN:
         yield confirmation(CHOSEN)
-    yield AT_RATE[16e-3].part(MAIN_ARMS, FOUR)
-    yield from (few(LOW[name], FOUR) for name in LOW if name.startswith("text-"))
     yield few(LOW["equivalent"], FOUR)
+    yield from (few(LOW[name], FOUR) for name in LOW if name.startswith("text-"))
     yield few(LOW["paths"], FOUR)
     yield AT_RATE[1e-3].part(("plain", *CHANCE), EIGHT)
     yield SEARCH[1]

@@ -15,7 +15,7 @@ from spanopt.compare.planning import Results
 from spanopt.compare.reading import in_words
 from spanopt.compare.statistics import Change, compared
 
-__all__ = ["between", "by_rate", "drawn_by_rate", "missing", "worth"]
+__all__ = ["between", "by_arm", "by_rate", "by_setting", "drawn_by_rate", "missing", "worth"]
 
 SMALL = 1.2  # factors of the rate up to which the gain grows with their logarithm
 
@@ -69,23 +69,49 @@ def worth(e: Experiment, arm: str, factors: Mapping[str, float], store: Results)
     return [ends[0], *sorted(ends[1:])]
 
 
-def by_rate(experiments: Sequence[Experiment], store: Results) -> str:
-    """Return the change of each arm at each rate as a Markdown table, with the number of seeds."""
+def by_rate(experiments: Sequence[Experiment], store: Results, fewest: int = 3) -> str:
+    """Return the change of each arm at each rate as a Markdown table, with the number of seeds.
+
+    Args:
+        experiments: One at each rate.
+        store: The results.
+        fewest: With fewer pairs of seeds than this, a cell stays empty.
+    """
     arms = [*dict.fromkeys(arm for e in experiments for arm in e.arms if arm != e.baseline)]
     rows = []
     for arm in arms:
-        cells = [cell(e, arm, store) for e in experiments]
+        cells = [cell(e, arm, store, fewest) for e in experiments]
         if any(cells):
             rows.append([arm, *cells])
     return markdown(["arm", *(f"at {e.lrs[0]:g}" for e in experiments)], rows)
 
 
-def cell(e: Experiment, arm: str, store: Results) -> str:
-    """Return an arm's change and how many pairs it is of; nothing with fewer than three."""
+def by_arm(e: Experiment, store: Results) -> str:
+    """Return the change of each arm of one comparison as a Markdown table, the best arm first."""
+    changes = {arm: between(e, arm, e.baseline, store) for arm in e.arms if arm != e.baseline}
+    known = sorted(
+        (arm for arm in changes if changes[arm].seeds >= 3), key=lambda a: changes[a].mean
+    )
+    rows = [[arm, in_words(changes[arm]), str(changes[arm].seeds)] for arm in known]
+    return markdown(["arm", f"change against {e.baseline}", "seeds"], rows)
+
+
+def by_setting(experiments: Sequence[Experiment], store: Results) -> str:
+    """Return the change of each arm in each setting as a Markdown table, one setting a row.
+
+    A setting is left out until some arm has three pairs of seeds.
+    """
+    arms = [*dict.fromkeys(arm for e in experiments for arm in e.arms if arm != e.baseline)]
+    rows = [[e.name, *(cell(e, arm, store) for arm in arms)] for e in experiments]
+    return markdown(["setting", *arms], [row for row in rows if any(row[1:])])
+
+
+def cell(e: Experiment, arm: str, store: Results, fewest: int = 3) -> str:
+    """Return an arm's change and how many pairs it is of; nothing with fewer than ``fewest``."""
     if arm not in e.arms:
         return ""
     change = between(e, arm, e.baseline, store)
-    return f"{in_words(change)}, {change.seeds} seeds" if change.seeds >= 3 else ""
+    return f"{in_words(change)}, {change.seeds} seeds" if change.seeds >= fewest else ""
 
 
 def missing(experiments: Sequence[Experiment], store: Results) -> str:
@@ -105,8 +131,20 @@ def missing(experiments: Sequence[Experiment], store: Results) -> str:
     return "\n".join(lines) or "All of it has been run."
 
 
-def drawn_by_rate(experiments: Sequence[Experiment], arms: Sequence[str], store: Results) -> Figure:
-    """Draw the change of arms over the learning rate, with an interval at each point."""
+def drawn_by_rate(
+    experiments: Sequence[Experiment],
+    arms: Sequence[str],
+    store: Results,
+    best: float | None = None,
+) -> Figure:
+    """Draw the change of arms over the learning rate, with an interval at each point.
+
+    Args:
+        experiments: One at each rate.
+        arms: The arms to draw. One with fewer than three pairs of seeds at a rate has no point.
+        store: The results.
+        best: The best rate of plain training, which is marked.
+    """
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes: Any = figure.subplots()
     shown: set[float] = set()
@@ -128,11 +166,14 @@ def drawn_by_rate(experiments: Sequence[Experiment], arms: Sequence[str], store:
         label = f"{arm} ({of} seeds)"
         axes.errorbar(x, means, reach, color=colour, marker="o", capsize=3, label=label)
     axes.axhline(0, color=rcParams["axes.edgecolor"], linewidth=0.8)
+    if best is not None:
+        label = f"plain's best rate, {best:.2g}"
+        axes.axvline(best, color=rcParams["axes.edgecolor"], linestyle=":", label=label)
     axes.set_xscale("log", base=2)
     ticks = sorted(shown)
     axes.set_xticks(ticks, [f"{lr:g}" for lr in ticks])
     axes.minorticks_off()
-    axes.set(xlabel="peak learning rate", ylabel="change of the loss, %")
+    axes.set(xlabel="peak learning rate", ylabel="change of the loss, % (below 0 is better)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=3, fontsize="small")
     return figure

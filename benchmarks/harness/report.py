@@ -12,7 +12,7 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 from harness.experiment import Experiment
-from harness.partial import between, by_rate, missing, worth
+from harness.partial import between, by_arm, by_rate, by_setting, missing, worth
 from harness.store import Store
 from spanopt.compare.drawing import COLOURS, draw_interval, forest, markdown
 from spanopt.compare.reading import in_words
@@ -28,10 +28,11 @@ class Report:
     """Fills results into a text.
 
     Placeholders are ``[[table NAME]]``, ``[[settings GROUP]]``, ``[[figure NAME | CAPTION]]``,
-    for comparisons that may not be complete ``[[rates GROUP]]`` and ``[[missing GROUP]]``, and,
-    inside a sentence, ``[[so-far NAME | ARM]]``, ``[[between NAME | ARM against ARM]]``,
-    ``[[worth NAME | ARM]]``, ``[[change NAME | ARM]]``, ``[[loss NAME | ARM]]``,
-    ``[[lr NAME | ARM]]``, ``[[time NAME | ARM]]``, ``[[steps NAME | ARM]]`` and ``[[seeds NAME]]``.
+    for comparisons that may not be complete ``[[rates GROUP]]``, ``[[arms NAME]]``,
+    ``[[elsewhere GROUP]]`` and ``[[missing GROUP]]``, and, inside a sentence,
+    ``[[so-far NAME | ARM]]``, ``[[between NAME | ARM against ARM]]``, ``[[worth NAME | ARM]]``,
+    ``[[change NAME | ARM]]``, ``[[loss NAME | ARM]]``, ``[[lr NAME | ARM]]``,
+    ``[[time NAME | ARM]]``, ``[[steps NAME | ARM]]`` and ``[[seeds NAME]]``.
 
     Args:
         groups: Experiments by the name of their group.
@@ -77,6 +78,8 @@ class Report:
             "lr": lambda: f"{self.lr(self._experiment(name), arm):.2g}",
             "time": lambda: f"{self.time_ratio(self._experiment(name), arm):.2f}",
             "rates": lambda: by_rate(self._group(name), self.store),
+            "arms": lambda: by_arm(self._experiment(name), self.store),
+            "elsewhere": lambda: by_setting(self._group(name), self.store),
             "missing": lambda: missing(self._group(name), self.store),
             "so-far": lambda: self._so_far(self._experiment(name), arm),
             "between": lambda: self._so_far(self._experiment(name), *arm.split(" against ")),

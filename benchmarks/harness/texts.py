@@ -88,10 +88,10 @@ def windows(tokens: Tensor, count: int, size: int) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def subwords(text: Text) -> tuple[Tensor, Tensor, int]:
+def subwords(text: Text, size: int = SUBWORDS) -> tuple[Tensor, Tensor, int]:
     """Tokenise by byte-pair encoding learnt from the training text, as :func:`characters`."""
     tokenizer = ByteLevelBPETokenizer()
-    options = {"vocab_size": SUBWORDS, "min_frequency": 2, "show_progress": False}
+    options = {"vocab_size": size, "min_frequency": 2, "show_progress": False}
     tokenizer.train_from_iterator([text.train], **options)
     train, validation = (
         torch.tensor(tokenizer.encode(part).ids) for part in (text.train, text.validation)

@@ -96,7 +96,8 @@ class Reader:
         more = seeds_missing(change, self.margin)
         advice = f": {in_words(change)}; "
         if more > 0:
-            advice += f"about {more} more seeds would tell a change of {self.margin:g} %"
+            seeds = "1 more seed" if more == 1 else f"{more} more seeds"
+            advice += f"about {seeds} would tell a change of {self.margin:g} %"
         else:
             advice += f"fresh seeds would tell whether it is larger than {self.margin:g} %"
         return advice

@@ -94,7 +94,8 @@ class Comparison:
         if change is None:
             return [*cells, "", "", str(len(known)), "", ""]
         if change.diverged:
-            cells[0] += f" ({change.diverged} pairs without a result)"
+            pairs = "1 pair" if change.diverged == 1 else f"{change.diverged} pairs"
+            cells[0] += f" ({pairs} without a result)"
         p = self.adjusted_p.get(arm)
         cells += [
             f"{change.mean:+.2f}",

@@ -83,6 +83,11 @@ def _differences(known: Any, new: Any, name: str = "") -> Iterator[str]:
     if isinstance(known, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*known, *new]):
             where = f"{name}[{key!r}]" if name else key
-            yield from _differences(known.get(key), new.get(key), where)
+            if key not in new:
+                yield f"{where} is there and was not asked for now"
+            elif key not in known:
+                yield f"{where} was asked for now and is not there"
+            else:
+                yield from _differences(known[key], new[key], where)
     elif known != new:
         yield f"{name} was {known!r} and is now {new!r}"

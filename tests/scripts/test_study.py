@@ -21,11 +21,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import study  # noqa: E402
 from experiments.primary import CONFIRMATION, PRIMARY  # noqa: E402
 from experiments.search import (  # noqa: E402
-    CANDIDATES,
     CHOSEN,
     SEARCH,
+    chosen_by_rule,
     confirmation,
-    control_of,
 )
 from experiments.settings import MUON_CONFIRMATION, SETTINGS  # noqa: E402
 from harness.experiment import Experiment  # noqa: E402
@@ -273,6 +272,11 @@ def test_a_comparison_that_is_not_complete_is_reported_as_far_as_it_is():
     e, report = fixed_rates()
     page = report.page("[[rates rates]]\n\n[[missing rates]]\n\n[[so-far tiny | (2, 1)]]")
     assert "| (2, 1) | -0.76 % (-0.79 to -0.74), 3 seeds |" in page
+    elsewhere = report.page("[[elsewhere rates]]").splitlines()
+    assert elsewhere[0].startswith("| setting | (2, 1) | x 1.05 | x 1.1 |")
+    assert elsewhere[2].startswith("| tiny | -0.76 % (-0.79 to -0.74), 3 seeds | ")
+    best_first = [line.split(" | ")[0] for line in report.page("[[arms tiny]]").splitlines()[2:]]
+    assert (best_first[0], best_first[-1], len(best_first)) == ("| x 1.2", "| x 1.05", 4)
     assert "15 of 30 runs: 3 runs each of `plain`, `(2, 1)`, `x 1.05`, `x 1.1`, `x 1.2`." in page
     assert page.splitlines()[-1] == "-0.76 % (-0.79 to -0.74)"
     figure = drawn_by_rate([e], ["(2, 1)", "x 1.1", "none"], report.store)
@@ -579,14 +583,47 @@ def test_what_the_search_chose_is_what_its_rule_chooses():
     if first.pending(report.store):
         assert CHOSEN == ()
     else:
-        means = {arm: report.change(first, arm).mean for arm in first.arms}
-        ahead = [arm for arm in CANDIDATES if means[arm] < min(0, means[control_of(arm)])]
-        assert [*CHOSEN] == ahead
+        changes = {arm: report.change(first, arm).mean for arm in first.arms}
+        assert chosen_by_rule(changes) == CHOSEN
     confirmed = confirmation(("(1.2, 1)", "(2, 1), spectral"))
     assert [*confirmed.arms] == [
         *("plain", "(1.2, 1)", "uniform (1.2, 1.2)", "(2, 1), spectral", "uniform (2, 2)")
     ]
     assert not {*confirmed.seeds, *confirmed.tuning_seeds} & {*first.seeds, *first.tuning_seeds}
+    assert {arm.text for arm in confirmed.arms.values()} == {"help topics"}
+
+
+def test_the_rule_takes_the_two_that_are_furthest_ahead_of_plain_and_control():
+    changes = dict.fromkeys(SEARCH[0].arms, 0.0)
+    assert chosen_by_rule(changes) == ()
+    changes |= {"(2, 1), spectral": -0.2, "(1.2, 1)": -0.9, "uniform (1.2, 1.2)": -1.0}
+    assert chosen_by_rule(changes) == ("(2, 1), spectral",)  # the other is behind its control
+    changes |= {"(2, 1), ridge 0.1": -0.3, "(2, 1) in the first 5 %": -0.1, "(1.2, 1)": math.nan}
+    assert chosen_by_rule(changes) == ("(2, 1), ridge 0.1", "(2, 1), spectral")
+
+
+def test_a_trial_may_name_another_text(tmp_path):
+    other = replace(TINY, text="Python source")
+    assert run_trial(other, TEXT)["reporting"] != run_trial(TINY, TEXT)["reporting"]
+    store = Store(tmp_path)
+    store.append("tiny", other, TEXT, {"tuning": 1.0, "reporting": 1.0})
+    line = json.loads((tmp_path / "tiny.jsonl").read_text())
+    assert line["text"]["name"] == "Python's source"
+    Store(tmp_path).check_text(TEXT)  # it is not the text that the study was given
+    assert Store(tmp_path).get(other) == {"tuning": 1.0, "reporting": 1.0}
+    assert Store(tmp_path).get(TINY) is None
+    with pytest.raises(ValueError, match=r"no text is named 'none', only 'given', help topics"):
+        run_trial(replace(TINY, text="none"), TEXT)
+
+
+def test_what_remains_is_run_in_an_order_that_misses_nothing():
+    whole, parts = Losses(lambda trial: 1.0), Losses(lambda trial: 1.0)
+    for group in ("rates", "long-rates", "low-rate", "low-rate-elsewhere", "search"):
+        for e in study.GROUPS[group]:
+            whole.run(e)
+    for e in study.to_run(["remaining"]):
+        parts.run(e)
+    assert parts.asked == whole.asked
 
 
 def test_every_experiment_is_well_formed():
