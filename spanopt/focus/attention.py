@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spanopt.focus.choosing import width_of
-from spanopt.focus.chunked import backward, computed_in, forward
+from spanopt.focus.chunked import backward, computed_in, forward, saved_width
 from spanopt.focus.spec import Keeping
 
 __all__ = ["CHUNK", "focused_attention"]
@@ -129,9 +129,10 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, n = q.shape[:2]
-    kept = rows, n, width_of(Keeping(kind, of_each, tuple(always)), k.shape[1])
-    positions = q.new_empty(kept, dtype=torch.int32)
-    return q.new_empty(rows, n, v.shape[-1]), positions, q.new_empty(kept, dtype=computed_in(q))
+    keeping, m = Keeping(kind, of_each, tuple(always)), k.shape[1]
+    positions = q.new_empty(rows, n, width_of(keeping, m), dtype=torch.int32)
+    weights = q.new_empty(rows, n, saved_width(keeping, m, q.device), dtype=computed_in(q))
+    return q.new_empty(rows, n, v.shape[-1]), positions, weights
 
 
 @torch.library.register_fake("spanopt::focused_attention_backward", lib=_library)

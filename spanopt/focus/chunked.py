@@ -20,7 +20,7 @@ from spanopt.focus.choosing import (
 )
 from spanopt.focus.spec import Keeping
 
-__all__ = ["backward", "computed_in", "forward"]
+__all__ = ["backward", "computed_in", "forward", "saved_width"]
 
 
 def computed_in(x: Tensor) -> torch.dtype:
@@ -28,8 +28,19 @@ def computed_in(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def saved_width(keeping: Keeping, keys: int, device: torch.device) -> int:
+    """Return how many weights of each query are saved for the backward pass.
+
+    There are none for the kind ``"gradient"``, and none on an accelerator, where finding out
+    whether they are all of the weights would wait for the device.
+    """
+    if keeping.kind == "gradient" or device.type != "cpu":
+        return 0
+    return width_of(keeping, keys)
+
+
 # Values are fetched one by one if at most one in so many keys is chosen (measured on a CPU).
-_SPARSE = 32
+_SPARSE = 16
 
 
 class Settings(NamedTuple):
@@ -79,22 +90,21 @@ class Settings(NamedTuple):
         return mask if mask.shape[-1] == 1 else mask[..., :seen]
 
     def is_simple(self, own: Tensor) -> bool:
-        """Return whether the chosen keys of a chunk have all of its weights.
+        """Return whether the chosen keys of a chunk have all of its weights, which are then saved.
 
-        They have not if a query keeps all keys, which is always so for the kind ``"gradient"``. On
-        an accelerator the result is always false, since looking would wait for the device.
+        They have not if a query keeps all keys, which is always so for the kind ``"gradient"``.
         """
-        if self.keeping.kind == "gradient" or own.device.type != "cpu":
+        if not saved_width(self.keeping, self.keys, own.device):
             return False
         return not bool((own.amax(-1) <= FORBIDDEN).any())
 
     def has_weights(self, weights: Tensor) -> bool:
         """Return whether :meth:`is_simple` was true for a chunk, from its saved weights."""
-        return weights.device.type == "cpu" and not bool((weights[..., 0] < 0).any())
+        return weights.shape[-1] > 0 and not bool((weights[..., 0] < 0).any())
 
-    def is_sparse(self) -> bool:
+    def is_sparse(self, seen: int) -> bool:
         """Return whether so few keys are chosen that it pays to fetch their values one by one."""
-        return _SPARSE * width_of(self.keeping, self.keys) <= self.keys
+        return _SPARSE * width_of(self.keeping, self.keys) <= seen
 
     def places(self, positions: Tensor, seen: int) -> Tensor:
         """Return where chosen keys are in the keys of all rows; any place may stand for no key."""
@@ -131,16 +141,17 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output, the positions of the chosen keys, and their weights.
 
-    The weights of a chunk are negative if the backward pass has to compute them again.
+    The weights have the last dimension :func:`saved_width`. Those of a chunk are negative if the
+    backward pass has to compute them again.
     """
     keeping = Keeping(kind, of_each, tuple(always))
     n, m = q.shape[1], k.shape[1]
     settings = Settings(keeping, [*leading], is_causal, scale, chunk, n, m)
     none = may_be_none(keeping)
     out = q.new_empty(len(q), n, v.shape[-1])
-    kept = len(q), n, width_of(keeping, m)
-    all_positions = q.new_empty(kept, dtype=torch.int32)
-    all_weights = q.new_empty(kept, dtype=computed_in(q))
+    all_positions = q.new_empty(len(q), n, width_of(keeping, m), dtype=torch.int32)
+    saved = saved_width(keeping, m, q.device)
+    all_weights = q.new_empty(len(q), n, saved, dtype=computed_in(q))
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = (x.to(computed_in(q)).contiguous() for x in (q, k, v))
         for first, last, seen in settings.chunks():
@@ -153,7 +164,7 @@ def forward(
                 own = own.softmax(-1)
                 all_weights[:, first:last] = own
                 own = own if part is None else own * part
-                if settings.is_sparse():
+                if settings.is_sparse(seen):
                     out[:, first:last] = _weighted(own, v, settings.places(positions, seen))
                     continue
                 weights = spread(own, positions, seen, none)
@@ -200,11 +211,13 @@ def backward(
             part = None if multipliers is None else multipliers[:, first:last]
             given = grad[:, first:last]
             simple = settings.has_weights(weights)
-            sparse = simple and settings.is_sparse()
+            sparse = simple and settings.is_sparse(seen)
             places = settings.places(positions, seen) if sparse else positions
             if sparse:
-                of_own = v.view(-1, v.shape[-1])[places].view(*places.shape, -1)
-                of_weights = torch.matmul(of_own, given[..., None])[..., 0]
+                # Both are faster than their plainer forms, v[places] and the transposed product.
+                own = v.view(-1, v.shape[-1]).index_select(0, places.flatten())
+                by_query = own.view(*places.shape, -1).mT
+                of_weights = torch.matmul(given[:, :, None], by_query)[:, :, 0]
             else:
                 of_weights = torch.bmm(given, v[:, :seen].mT)
             if simple and not sparse:
