@@ -78,10 +78,10 @@ class Case:
 
         Args:
             one_solve: With one Gram matrix and one Cholesky solve, 6 N d^2 + 7/3 d^3 a head, which
-                loses digits; otherwise as computed, 10 N d^2 + 26/3 d^3.
+                loses digits; otherwise as computed, 10 N d^2 + 11/3 d^3.
         """
         d = self.width // self.heads
-        by_tokens, by_features = (6, 7 / 3) if one_solve else (10, 26 / 3)
+        by_tokens, by_features = (6, 7 / 3) if one_solve else (10, 11 / 3)
         of_head = (by_tokens * self.length + by_features * d) * d**2
         return self.layers * self.batch * (self.heads + self.key_heads) * of_head
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_factors", "check_ridge", "check_tensors"]
+__all__ = ["can_be_read", "check_factors", "check_ridge", "check_tensors"]
+
+
+def can_be_read(x: Tensor) -> bool:
+    """Return whether the values of a tensor can be read now without waiting for a device."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return type(x) is Tensor and x.device.type == "cpu"
 
 
 def check_ridge(ridge: float | None) -> None:

@@ -37,8 +37,8 @@ def project(
     Returns:
         ``P x``, with the shape and dtype of ``x``. float16 and bfloat16 are computed in float32.
         Where ``basis`` or ``x`` is not finite the result is not finite. Any finite basis is
-        accepted. Each matrix is first multiplied by a power of two, so that no square of an entry
-        overflows and none that matters underflows.
+        accepted. Where it is needed, each matrix is first multiplied by a power of two, so that no
+        square of an entry overflows and none that matters underflows.
 
     Raises:
         TypeError: A dtype is not real floating point, or the mask is not boolean.

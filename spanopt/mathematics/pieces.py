@@ -12,10 +12,10 @@ __all__ = ["Index", "cuts", "stacks"]
 
 Index = tuple[int | slice, ...]
 
-# The largest number of entries of a piece: 4 MiB in float32. Smaller pieces fit in more caches. But
-# a piece takes about a hundred calls, and in smaller pieces these take a larger share of the time.
-# Half of this size was slower by 3 to 10 %, and twice this size by up to 5 %.
-_PIECE = 2**20
+# The largest number of entries of a piece: 2 MiB in float32. Smaller pieces fit in more caches. But
+# a piece takes some fifty calls, and in smaller pieces these take a larger share of the time.
+# Half of this size was slower by 7 to 16 %, and twice this size by up to 25 %.
+_PIECE = 2**19
 # Copying fewer entries than this takes less time than another call.
 _STACK = 2**15
 

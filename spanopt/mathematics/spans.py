@@ -3,18 +3,21 @@
 The condition number of the Gram matrix Q^T Q is the square of Q's. So one Cholesky factorisation of
 it would lose half the digits. The functions here whiten the basis with a first, shifted
 factorisation. Then they solve with the Gram matrix of the whitened basis (CholeskyQR2: Yamamoto et
-al., 2015; the shift: Fukaya et al., 2020). No code branches on a value or waits for the device.
+al., 2015; the shift: Fukaya et al., 2020). Nothing waits for a device: values are read on a CPU
+alone, where that saves time, and what is read changes no digit of the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from spanopt.mathematics.factors import inverse_factor
+from spanopt.mathematics.checks import can_be_read
+from spanopt.mathematics.factors import inverse_factor, solve
 from spanopt.mathematics.gram import add_shift, gram_of, shift_for
 from spanopt.mathematics.magnitudes import inverse_power, largest_entries
 from spanopt.mathematics.precision import default_ridge, matmul_eps
@@ -58,21 +61,27 @@ class Span(NamedTuple):
             for _ in range(3):
                 solution = torch.baddbmm(solution + right, self.gram, solution, alpha=-1)
         else:
-            inverse, failed = inverse_factor(self.gram, self.identity)
+            solution, failed = solve(self.gram, right, self.identity)
             failed = failed + self.failed
-            solution = torch.bmm(inverse, torch.bmm(inverse.mT, right))
-        # Multiplying the smallest matrix by the factor saves passes over the larger ones.
-        return solution * self._weights(failed, factor)
+        return _weighted(solution, failed, self.leading, factor)
 
     def orthonormal(self) -> Tensor:
         """Return U with U U^T = P, shape (matrices, N, d)."""
         inverse, failed = inverse_factor(self.gram, self.identity)
-        return torch.bmm(self.whitened, inverse * self._weights(failed + self.failed, None))
+        return torch.bmm(self.whitened, _weighted(inverse, failed + self.failed, self.leading))
 
-    def _weights(self, failed: Tensor, factor: Tensor | None) -> Tensor:
-        """Return each matrix's factor, shape (matrices, 1, 1): NaN if a factorisation failed."""
-        missing = (failed > 0).view(*self.leading, 1, 1)
-        return torch.where(missing, torch.nan, 1.0 if factor is None else factor).view(-1, 1, 1)
+
+def _weighted(
+    x: Tensor, failed: Tensor, leading: torch.Size, factor: Tensor | None = None
+) -> Tensor:
+    """Return matrices times a factor; those for which a factorisation failed become NaN."""
+    if can_be_read(failed) and not failed.any():
+        if factor is None or factor.ndim == 0:
+            return x if factor is None else x * factor
+        return x * factor.expand(*leading, 1, 1).reshape(-1, 1, 1)
+    missing = (failed > 0).view(*leading, 1, 1)
+    weights = torch.where(missing, torch.nan, 1.0 if factor is None else factor)
+    return x * weights.view(-1, 1, 1)
 
 
 def span_of(
@@ -94,20 +103,54 @@ def span_of(
         dtype: The dtype to compute in.
         total: Given where tokens are spread over processes; see :func:`spanopt.rescale`.
     """
-    ridge = max(default_ridge(dtype), ridge or 0.0)
-    shift = shift_for(matmul_eps(dtype))
-    q = _scaled(basis.detach(), mask, dtype, total)
-    gram = gram_of(q)
-    gram = gram if total is None else total(gram)
-    trace = add_shift(gram, max(shift, ridge))
-    identity = torch.eye(q.shape[-1], dtype=dtype, device=q.device)
+    default = default_ridge(dtype)
+    ridge = max(default, ridge or 0.0)
+    shift = max(shift_for(matmul_eps(dtype)), ridge)
+    q, gram, trace = _shifted_gram(basis.detach(), mask, dtype, shift, total)
+    make_identity = _kept_identity if can_be_read(q) else _identity
+    identity = make_identity(q.shape[-1], dtype, q.device)
     inverse, failed = inverse_factor(gram, identity)
     whitened = torch.bmm(q, inverse)
     del q  # its memory can be reused for the next buffer
-    gram = gram_of(whitened)
+    if ridge == default and total is None and whitened.device.type == "cpu":
+        # As T^T (Q^T Q + shift I) T = I, shift T^T T = I - A^T A. That is exact enough for a ridge
+        # far below the shift.
+        part = ridge / shift
+        gram = torch.baddbmm(identity, whitened.mT, whitened, beta=part, alpha=1 - part)
+    else:
+        gram = gram_of(whitened)
+        gram = gram if total is None else total(gram)
+        gram = torch.baddbmm(gram, (inverse * trace[..., None]).mT, inverse, alpha=ridge)
+    return Span(whitened, gram, identity, failed, ridge == shift, basis.shape[:-2])
+
+
+def _shifted_gram(
+    basis: Tensor, mask: Tensor | None, dtype: torch.dtype, shift: float, total: Total | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Q as (matrices, N, d), its Gram matrix with the shift, and the trace without it.
+
+    Where values can be read without waiting, Q is scaled only if that is needed: scaling by powers
+    of two changes no digit of the span.
+    """
+    if total is None and can_be_read(basis):
+        q = matrices(basis, mask, dtype)
+        gram = gram_of(q)
+        trace = add_shift(gram, shift)
+        kind = torch.finfo(dtype)
+        least, most = (x.item() for x in trace.aminmax())
+        if kind.tiny**0.5 < least and most < kind.max**0.75:
+            return q, gram, trace
+    q = _scaled(basis, mask, dtype, total)
+    gram = gram_of(q)
     gram = gram if total is None else total(gram)
-    gram = torch.baddbmm(gram, (inverse * trace[..., None]).mT, inverse, alpha=ridge)
-    return Span(whitened, gram, identity, failed, ridge >= shift, basis.shape[:-2])
+    return q, gram, add_shift(gram, shift)
+
+
+def _identity(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(d, dtype=dtype, device=device)
+
+
+_kept_identity = lru_cache(maxsize=16)(_identity)
 
 
 def matrices(x: Tensor, mask: Tensor | None, dtype: torch.dtype, *, copy: bool = False) -> Tensor:

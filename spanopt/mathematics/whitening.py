@@ -91,8 +91,20 @@ def _projected(
 ) -> Tensor:
     """Return ``factor * P x`` in the given shape of x. x is given as views (matrices, N, m)."""
     span = span_of(basis, mask, ridge, dtype, total)
-    parts = span.whitened.split(len(views[0])) if len(views) > 1 else [span.whitened]
-    products = [torch.bmm(part.mT, view) for part, view in zip(parts, views, strict=True)]
-    right = products[0] if len(products) == 1 else torch.cat(products)
+    right = _products(span.whitened, views)
     right = right if total is None else total(right)
+    # Multiplying the smallest matrix by the factor saves passes over the larger ones.
     return torch.bmm(span.whitened, span.coefficients(right, factor)).view(shape)
+
+
+def _products(whitened: Tensor, views: list[Tensor]) -> Tensor:
+    """Return A^T x, shape (matrices, d, m)."""
+    if len(views) == 1:
+        return torch.bmm(whitened.mT, views[0])
+    parts = whitened.split(len(views[0]))
+    if torch.is_grad_enabled():  # writing into existing tensors has no derivative
+        return torch.cat([torch.bmm(a.mT, x) for a, x in zip(parts, views, strict=True)])
+    right = whitened.new_empty(len(whitened), whitened.shape[-1], views[0].shape[-1])
+    for a, x, out in zip(parts, views, right.split(len(views[0])), strict=True):
+        torch.bmm(a.mT, x, out=out)
+    return right

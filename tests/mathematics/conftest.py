@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mathematics.samplers import BASES, PADDINGS, gradient_of
+from spanopt.mathematics import spans
 
 
 @pytest.fixture(params=BASES)
@@ -32,3 +33,9 @@ def grad(basis: Tensor) -> Tensor:
 @pytest.fixture(params=PADDINGS)
 def mask(request: pytest.FixtureRequest) -> Tensor:
     return torch.tensor(PADDINGS[request.param], dtype=torch.bool)
+
+
+@pytest.fixture
+def like_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the way of devices whose values can't be read without waiting for them."""
+    monkeypatch.setattr(spans, "can_be_read", lambda x: False)

@@ -17,9 +17,11 @@ from mathematics.samplers import (
     expected_rescaled,
     normal,
 )
+from spanopt.mathematics.checks import can_be_read
 from spanopt.projection import decompose, project, rescale
 
 
+@pytest.mark.usefixtures("like_a_device")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ridge", [None, 0.0, 1e-3])
 def test_no_operation_reads_a_value_back_to_the_host(
@@ -44,6 +46,29 @@ def test_no_operation_reads_a_value_back_to_the_host(
     }
     assert operations.counts["aten::linalg_cholesky_ex"] > 0
     assert not reads & {operation.removeprefix("aten::") for operation in operations.counts}
+
+
+@pytest.mark.parametrize("ridge", [None, 1e-3])
+def test_reading_values_changes_no_bit(
+    basis: Tensor, grad: Tensor, ridge: float | None, request: pytest.FixtureRequest
+) -> None:
+    mask = torch.arange(len(basis)) < 20
+    read = [project(basis, grad, ridge=ridge, mask=m) for m in (None, mask)]
+    request.getfixturevalue("like_a_device")
+    unread = [project(basis, grad, ridge=ridge, mask=m) for m in (None, mask)]
+    for result, expected in zip(read, unread, strict=True):
+        assert_same_bits(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "can"), [("cpu", True), ("meta", False)], ids=["cpu", "no values"]
+)
+def test_values_are_read_on_a_cpu_only(device: str, can: bool) -> None:
+    assert can_be_read(torch.ones(2, device=device)) == can
+    with FakeTensorMode():
+        assert not can_be_read(torch.ones(2))
+    assert not torch.func.vmap(lambda x: x + can_be_read(x))(torch.zeros(2)).any()
+    assert can_be_read(torch.nn.Parameter(torch.ones(2)).detach())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

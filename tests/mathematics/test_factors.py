@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mathematics.samplers import normal
-from spanopt.mathematics.factors import inverse_factor
+from spanopt.mathematics.factors import inverse_factor, solve
 
 
 @pytest.mark.parametrize("d", [1, 2, 31, 32, 33, 64, 65, 96, 131])
@@ -17,6 +17,29 @@ def test_it_is_upper_triangular_and_inverts_the_matrix(d: int) -> None:
     assert not failed.any()
     assert torch.equal(inverse, inverse.triu())
     torch.testing.assert_close(inverse.mT @ matrix @ inverse, torch.eye(d).double().expand(3, d, d))
+
+
+@pytest.mark.parametrize("d", [1, 2, 31, 32, 33, 64, 65, 96, 131])
+def test_solving_multiplies_by_the_inverse(d: int) -> None:
+    root, right = normal(3, 2 * d, d), normal(3, d, 5)
+    matrix = root.mT @ root
+    solution, failed = solve(matrix, right, torch.eye(d).double())
+    assert not failed.any()
+    torch.testing.assert_close(matrix @ solution, right)
+
+
+@pytest.mark.parametrize("d", [33, 64, 131])
+def test_a_factor_made_of_blocks_errs_by_rounding_near_singularity(d: int) -> None:
+    """LAPACK's own factor of the whole matrix errs as much."""
+    left = torch.linalg.qr(normal(64, d, d)).Q
+    sizes = torch.logspace(0, -5.5, d, dtype=torch.float64)
+    for order in (sizes, sizes.flip(0)):
+        matrix = ((left * order) @ left.mT).float()
+        inverse, failed = inverse_factor(matrix)
+        factor = torch.linalg.inv(inverse.double()).mT
+        assert not failed.any()
+        error = (factor @ factor.mT - matrix).abs().amax()
+        assert error < 16 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("place", [0, 20, 40, 69])

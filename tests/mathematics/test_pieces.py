@@ -171,7 +171,7 @@ def test_rescaling_in_pieces_is_differentiable_in_the_gradient(
     assert_same_bits(result, rescale(grad.detach(), basis, parallel=2.0, violation=violation))
 
 
-@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.usefixtures("small_pieces", "like_a_device")
 def test_no_piece_is_read_back(layout: Callable[[Tensor], Tensor]) -> None:
     basis, grad = layout(normal(B, H, N, D)), layout(normal(B, H, N, D, seed=1))
     with Operations() as operations, torch.no_grad():
