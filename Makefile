@@ -61,9 +61,10 @@ study-quick: .venv/study.stamp
 study: .venv/study.stamp
 	.venv/bin/python benchmarks/study.py run $(ARGS)
 
-# docs/evidence.md, from the results.
+# docs/evidence.md and docs/focus.md, from the results.
 evidence: .venv/study.stamp
 	.venv/bin/python benchmarks/study.py report $(ARGS)
+	.venv/bin/python benchmarks/focus_report.py
 
 # The main part of the measurements of time and memory, in minutes.
 bench: .venv/study.stamp

@@ -1,11 +1,14 @@
-"""Does semantic focus help? The setting of the paper, with a learning rate tuned for each arm.
+"""Does semantic focus help? The setting of the paper in miniature, a rate tuned for each arm.
 
-    python benchmarks/focus_study.py even-pairs --out runs/even-pairs
+    python benchmarks/focus_study.py run --hours 1.5       # in order; resumes
+    python benchmarks/focus_study.py list                  # what there is, and what is left to run
+    python benchmarks/focus_report.py                      # docs/focus.md from the results
 
 The setting is that of the authors' scripts (github.com/rithram/spartan): an encoder with one head,
-mean pooling and plain SGD, sequences of 40 tokens, 5,000 to train on. What is measured is the
-number of optimizer steps until 95 % of held-out sequences are right. A run that does not get there
-counts as the cap on steps, and is reported as censored. A run that is killed goes on where it was.
+mean pooling and plain SGD, sequences of 40 tokens, 5 blocks, 5,000 sequences to train on. They
+train for 20,000 to 200,000 steps. What is run here is smaller, see ``STUDIES``. What is measured is
+the number of optimizer steps until 95 % of held-out sequences are right. A run that does not get
+there counts as the cap on steps, and is reported as censored.
 """
 
 from __future__ import annotations
@@ -13,296 +16,276 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
-import statistics
-from contextlib import nullcontext
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from focus_tasks import TASKS
-from torch import Tensor, nn
-from torch.nn import functional as F
+from focus_text import LOSS, TUNING_LOSS, train_on_text
+from focus_training import SCORE, STEPS, measure, train
+from harness.texts import Text
 
-from spanopt import SpanMonitor, SpanScaledOptimizer
-from spanopt.compare import Arm, Comparison, compare
-from spanopt.focus import Focus, focus
+from spanopt.compare.arms import PLAIN, Arm, with_controls
+from spanopt.compare.design import Design
+from spanopt.compare.grid import Grid
+from spanopt.compare.jsonl import append_line, read_lines
+from spanopt.compare.store import Store
+from spanopt.compare.trial import Task, Trial
 
-METRIC = "steps to 95 %"
-ARMS = {
-    "top 5": ("top", 5),
-    "top 9": ("top", 9),
-    "window 5": ("window", 5),
-    "window 9": ("window", 9),
-    "block 5": ("block", 5),
-    "block 9": ("block", 9),
-    "gradient 5": ("gradient", 5),
+__all__ = ["STUDIES", "Study"]
+
+RESULTS = Path(__file__).parent / "results" / "focus"
+TUNING_SEEDS = (1_000_000, 1_000_001)
+HOURS = 1.5  # declared for all studies together
+FIRST_SEEDS = 5  # of every study, before any gets more
+EXTENSIONS = 1  # rates that may be added at each end
+MEASURED_SEEDS = 3  # whose plain training is repeated with measures of its scores
+
+
+MINIATURE: dict[str, Any] = {"length": 12, "blocks": 2, "held_out": 200, "dropout": 0.0}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms compared on one task, as it was declared before any of it was run.
+
+    Attributes:
+        name: Its name, which is that of the folder of its results.
+        task: One of ``TASKS``, or ``"text"``.
+        rates: The learning rates to begin with, smallest first.
+        keys: How many keys focus keeps.
+        kinds: The kinds of focus.
+        optimizer: ``"sgd"`` or ``"adamw"``.
+        cap: The most steps of a run; on text, the number of steps.
+        every: Steps between evaluations, and between measures of scores.
+        seeds: How many paired seeds.
+        span: Whether span scaling by (2, 1) is compared too, alone and with the first kind.
+        size: Further arguments of the function that trains.
+    """
+
+    name: str
+    task: str
+    rates: tuple[float, ...]
+    keys: int = 3
+    kinds: tuple[str, ...] = ("top", "window", "gradient")
+    optimizer: str = "adamw"
+    cap: int = 300
+    every: int = 25
+    seeds: int = 10
+    span: bool = False
+    size: dict[str, Any] = field(default_factory=lambda: dict(MINIATURE))
+
+    @property
+    def arms(self) -> dict[str, Arm]:
+        """The arms beside full attention."""
+        arms = {
+            f"{kind} {self.keys}": Arm(params={"kind": kind, "k": self.keys}) for kind in self.kinds
+        }
+        if self.span:
+            name, arm = next(iter(arms.items()))
+            arms["(2, 1)"] = Arm((2, 1))
+            arms[f"{name} and (2, 1)"] = Arm((2, 1), params=arm.params)
+        return arms
+
+    @property
+    def metric(self) -> str:
+        """What is compared."""
+        return LOSS if self.task == "text" else STEPS
+
+    def design(self, seeds: int | None = None) -> Design:
+        """Return what trials are needed, for all seeds or only for the first ones."""
+        return Design(
+            with_controls(self.arms, ()),
+            tuple(range(self.seeds if seeds is None else min(seeds, self.seeds))),
+            TUNING_SEEDS,
+            Grid(self.rates, EXTENSIONS),
+            self.metric,
+            TUNING_LOSS if self.task == "text" else SCORE,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of the function that trains."""
+        if self.task == "text":
+            return {"steps": self.cap, **self.size}
+        named = {"task": self.task, "cap": self.cap, "every": self.every}
+        return named | {"optimizer": self.optimizer, **self.size}
+
+    def function(self, text: Text | None) -> Callable[..., Any]:
+        """Return the function that trains.
+
+        Raises:
+            ValueError: There is no text for it.
+        """
+        if self.task != "text":
+            return functools.partial(train, **self.settings())
+        if text is None:
+            raise ValueError(f"study {self.name!r} needs a text: give --text or --train-text")
+        return functools.partial(train_on_text, text=text, **self.settings())
+
+    def store(self, out: Path, text: Text | None = None) -> Store:
+        """Return the results in a folder.
+
+        Raises:
+            ValueError: The folder has results of other settings or of another text.
+        """
+        settings = self.settings() | {"rates": [*self.rates], "optimizer": self.optimizer}
+        folder = out / self.name
+        if self.task == "text":
+            known = folder / "settings.json"
+            if text is not None:
+                settings |= {"text": text.name, "sha256": text.digest}
+            elif known.exists():
+                read = json.loads(known.read_text(encoding="utf-8"))
+                settings |= {name: read[name] for name in ("text", "sha256")}
+        return Store(folder, settings)
+
+
+# Caps come from single runs on other seeds, which are not part of the results.
+STUDIES = {
+    study.name: study
+    for study in (
+        Study("even-pairs-sgd", "even-pairs", (0.1, 0.2, 0.4), optimizer="sgd", cap=800, span=True),
+        Study(
+            "even-pairs-adamw", "even-pairs", (0.001, 0.002, 0.004), cap=300, every=10, span=True
+        ),
+        Study(
+            "missing-duplicate-sgd",
+            "missing-duplicate",
+            (0.2, 0.4),
+            kinds=("top", "window"),
+            optimizer="sgd",
+            cap=2000,
+            every=50,
+        ),
+        Study("missing-duplicate-adamw", "missing-duplicate", (0.001, 0.002, 0.004), cap=600),
+        Study(
+            "text-adamw",
+            "text",
+            (0.004, 0.008, 0.016),
+            keys=16,
+            kinds=("top", "window"),
+            cap=300,
+            size={"batch": 4, "length": 128},
+        ),
+        Study("stack-manipulation-adamw", "stack-manipulation", (0.001, 0.002, 0.004), cap=400),
+        Study("parity-adamw", "parity", (0.001, 0.002, 0.004), cap=400),
+    )
 }
 
 
-class Encoder(nn.Module):
-    """The paper's encoder: norm first, without parameters in the norms, and mean pooling."""
-
-    def __init__(self, tokens: int, classes: int, length: int, width: int, blocks: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(tokens, width)
-        self.head = nn.Linear(width, classes)
-        for weight in (self.embed.weight, self.head.weight):
-            nn.init.uniform_(weight, -0.1, 0.1)
-        nn.init.zeros_(self.head.bias)
-        angles = torch.arange(length)[:, None] * torch.exp(
-            torch.arange(0, width, 2) * (-math.log(1e4) / width)
-        )
-        positions = torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
-        self.register_buffer("positions", positions)
-        self.drop = nn.Dropout(0.01)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the logits, shape (batch, classes)."""
-        x = self.embed(tokens)
-        x = self.drop(x * x.shape[-1] ** 0.5 + self.positions)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean(1))
+def pending(study: Study, store: Store, seeds: int | None = None) -> list[Trial]:
+    """Return the trials to run next. Training is not repeated: it is the same on one processor."""
+    return [trial for trial in study.design(seeds).pending(store) if not trial.again]
 
 
-class Block(nn.Module):
-    """One layer of the encoder."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.attention = Attention(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, width), nn.Dropout(0.01), nn.ReLU(), nn.Linear(width, width)
-        )
-        self.drop = nn.Dropout(0.01)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the tokens after the layer, shape (batch, length, width)."""
-        x = x + self.drop(self.attention(F.layer_norm(x, x.shape[-1:])))
-        return x + self.drop(self.mlp(F.layer_norm(x, x.shape[-1:])))
+def measures(study: Study, out: Path) -> list[dict[str, Any]]:
+    """Return the measures of scores of a study's plain runs."""
+    path = out / study.name / "measures.jsonl"
+    return [row for _, row in read_lines(path)] if path.exists() else []
 
 
-class Attention(nn.Module):
-    """Attention with one head."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the attention's output, shape (batch, length, width)."""
-        q, k, v = (project(x)[:, None] for project in (self.q, self.k, self.v))
-        dropout = 0.01 if self.training else 0.0
-        return self.out(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)[:, 0])
-
-
-def train(
-    seed: int,
-    wrap: Any,
-    lr: float = 0.1,
-    kind: str | None = None,
-    k: int | None = None,
-    *,
-    task: str = "even-pairs",
-    cap: int = 1500,
-    every: int = 25,
-    length: int = 40,
-    width: int = 64,
-    blocks: int = 5,
-    examples: int = 5000,
-    held_out: int = 500,
-    optimizer: str = "sgd",
-) -> dict[str, float]:
-    """Train once, until 95 % of the held-out sequences are right or the cap is reached.
-
-    Args:
-        seed: Decides the weights, the sequences and the batches.
-        wrap: Puts an arm's scales on the optimizer.
-        lr: Learning rate; times 0.9995 after each epoch.
-        kind: The kind of focus; ``None`` for full attention.
-        k: How many keys are kept.
-        task: One of ``TASKS``.
-        cap: The most steps.
-        every: Steps between evaluations.
-        length: Tokens of a sequence.
-        width: Width of the model.
-        blocks: Number of layers.
-        examples: Sequences to train on.
-        held_out: Sequences to evaluate on.
-        optimizer: ``"sgd"`` or ``"adamw"``.
-
-    Returns:
-        The steps until 95 %, or the cap; whether it was reached (1 or 0 plus a tiny number, as
-        :func:`spanopt.compare.compare` takes numbers above 0); the accuracy at the end.
-    """
-    spec = TASKS[task]
-    torch.manual_seed(seed)
-    model = Encoder(spec.tokens, spec.classes, length, width, blocks)
-    sets = [spec.sample(n, length, 2 * seed + i) for i, n in enumerate((examples, held_out))]
-    kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-    wrapped = wrap(kinds[optimizer](model.parameters(), lr=lr), model)
-    batches = torch.Generator().manual_seed(seed)
-    step, accuracy = 0, 0.0
-    with nullcontext() if kind is None else focus(model, Focus(k, kind)):
-        while step < cap:
-            for batch in torch.randperm(examples, generator=batches).split(25):
-                x, y = (part[batch] for part in sets[0])
-                wrapped.zero_grad()
-                loss = F.cross_entropy(model(x), y)
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-                wrapped.step()
-                step += 1
-                if step % every == 0 or step == cap:
-                    accuracy = _accuracy(model, *sets[1])
-                    if accuracy >= 0.95 or step >= cap or not math.isfinite(accuracy):
-                        break
-            if accuracy >= 0.95 or step >= cap:
-                break
-            for group in wrapped.param_groups:
-                group["lr"] *= 0.9995
-    reached = float(accuracy >= 0.95)
-    return {METRIC: float(step), "reached": reached + 1e-9, "accuracy": accuracy + 1e-9}
-
-
-def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    model.eval()
-    with torch.no_grad():
-        right = (model(x).argmax(-1) == y).double().mean().item()
-    model.train()
-    return right
-
-
-def measure(task: str, seed: int, lr: float, **settings: Any) -> list[dict[str, Any]]:
-    """Train with full attention and return the measures of scores, every few steps."""
-    monitors: list[SpanMonitor] = []
-
-    def wrap(optimizer: Any, model: nn.Module) -> Any:
-        wrapped = SpanScaledOptimizer(optimizer, model, {"*": (1.0, 1.0)})
-        monitors.append(SpanMonitor(wrapped, every=settings.get("every", 25), scores=True, keys=5))
-        return wrapped
-
-    train(seed, wrap, lr, task=task, **settings)
-    monitors[0].close()
-    return monitors[0].rows
-
-
-def summary(result: Comparison) -> list[dict[str, Any]]:
-    """Return for each arm its rate, the quartiles of its steps, and how many runs are censored."""
-    rows = []
-    trials = result.trials()
-    for arm, lr in result.values().items():
-        of_arm = [
-            row["result"]["metrics"]
-            for row in trials
-            if row["trial"]["arm"] == arm
-            and row["trial"]["value"] == lr
-            and row["trial"]["seed"] in result.seeds
-            and not row["trial"]["again"]
-            and "metrics" in row["result"]
-        ]
-        steps = [metrics[METRIC] for metrics in of_arm]
-        if not steps:
-            continue
-        low, middle, high = statistics.quantiles(steps, n=4) if len(steps) > 1 else steps * 3
-        change = result.changes.get(arm)
-        rows.append(
-            {
-                "arm": arm,
-                "lr": lr,
-                "quartiles": [low, middle, high],
-                "censored": sum(metrics["reached"] < 0.5 for metrics in of_arm),
-                "seeds": len(steps),
-                "change": None if change is None else [change.mean, change.low, change.high],
-                "accuracy": statistics.median(metrics["accuracy"] for metrics in of_arm),
-            }
-        )
-    return rows
-
-
-def as_text(rows: list[dict[str, Any]]) -> str:
-    """Return the summary as a table in Markdown."""
-    lines = [
-        "| arm | learning rate | steps to 95 %: median (quartiles) | censored | change, % |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        low, middle, high = (f"{x:.0f}" for x in row["quartiles"])
-        change = ""
-        if row["change"] is not None:
-            mean, least, most = row["change"]
-            change = f"{mean:+.0f} ({least:+.0f} to {most:+.0f})"
-        lines.append(
-            f"| {row['arm']} | {row['lr']:g} | {middle} ({low} to {high}) | "
-            f"{row['censored']} of {row['seeds']} | {change} |"
-        )
-    return "\n".join(lines)
+def stages(studies: Sequence[Study]) -> Iterator[tuple[Study, int]]:
+    """Yield what to run, in order: a few seeds of every study, and then all of them."""
+    for study in studies:
+        yield study, FIRST_SEEDS
+    for study in studies:
+        yield study, study.seeds
 
 
 def run(
-    task: str,
+    studies: Sequence[Study],
     out: Path,
-    *,
-    arms: list[str],
-    seeds: int,
-    rates: list[float],
-    progress: bool = True,
-    span: bool = False,
-    **settings: Any,
-) -> list[dict[str, Any]]:
-    """Compare the arms on a task and write the summary beside the trials.
+    text: Text | None = None,
+    hours: float = HOURS,
+    tell: Callable[[str], None] = print,
+) -> None:
+    """Run trials until all are done, or until no more may begin.
 
     Args:
-        task: One of ``TASKS``.
-        out: The folder of the trials.
-        arms: Names in ``ARMS``.
-        seeds: How many seeds.
-        rates: The learning rates to begin with.
-        progress: Whether progress is shown.
-        span: Whether span scaling by (2, 1) is compared too, alone and with each arm.
-        **settings: Further arguments of :func:`train`.
+        studies: What to run.
+        out: The folder of results.
+        text: For the studies on text.
+        hours: After how many hours no trial begins.
+        tell: Is told what was run.
+
+    Raises:
+        ValueError: There is no text for a study on text.
     """
-    chosen = {arm: Arm(params=dict(zip(("kind", "k"), ARMS[arm], strict=True))) for arm in arms}
-    if span:
-        chosen |= {
-            f"{name} and (2, 1)": Arm((2, 1), params=arm.params) for name, arm in chosen.items()
-        }
-        chosen["(2, 1)"] = Arm((2, 1))
-    result = compare(
-        functools.partial(train, task=task, **settings),
-        chosen,
-        seeds,
-        tune={"lr": rates},
-        controls=(),
-        metric=METRIC,
-        out=out,
-        progress=progress,
+    end = time.monotonic() + 3600 * hours
+    for study, seeds in stages(studies):
+        store = study.store(out, text)
+        design = study.design(seeds)
+        function = study.function(text)
+        task = Task(function, design.named.all, "lr", study.metric)
+        while todo := pending(study, store, seeds):
+            if time.monotonic() > end:
+                return
+            store.keep(todo[0], result := task.run(todo[0]))
+            tell(f"{study.name}: {todo[0]} {result.get('metrics', result)}")
+        lr = design.best(PLAIN, store)
+        known = {row["seed"] for row in measures(study, out)}
+        for seed in design.seeds[:MEASURED_SEEDS]:
+            if seed in known or lr is None:
+                continue
+            if time.monotonic() > end:
+                return
+            rows = measure(function, seed, lr, keys=study.keys, every=study.every)
+            path = out / study.name / "measures.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            append_line(path, {"seed": seed, "rows": rows})
+
+
+def list_studies(out: Path) -> None:
+    """Print what there is, and how much of it has been run."""
+    for study in STUDIES.values():
+        done = sum(1 for _ in study.store(out).results()) if (out / study.name).exists() else 0
+        seeds = len(study.design().complete(study.store(out))) if done else 0
+        print(f"{study.name}: {done} runs, {seeds} of {study.seeds} seeds complete")
+
+
+def text_of(args: argparse.Namespace) -> Text | None:
+    """Read the text that was asked for, if any."""
+    if args.train_text is None:
+        return None
+    return Text.read(args.text_name or args.train_text.name, args.train_text, args.valid_text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="say what there is, and how much of it has been run")
+    command = commands.add_parser("run", help="run studies; what has been run is not run again")
+    command.add_argument(
+        "names", nargs="*", metavar="NAME", help="studies; by default all for which there is a text"
     )
-    rows = summary(result)
-    (out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return rows
-
-
-def main() -> None:
-    """Run what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--out", type=Path, required=True, help="the folder of the trials")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS])
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.05, 0.1, 0.2])
-    parser.add_argument("--cap", type=int, default=1500, help="the most steps of a run")
-    parser.add_argument("--length", type=int, default=40)
-    parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--every", type=int, default=25, help="steps between evaluations")
-    parser.add_argument("--held-out", type=int, default=500, help="sequences to evaluate on")
-    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
-    parser.add_argument("--span", action="store_true", help="span scaling by (2, 1) too")
-    given = vars(parser.parse_args())
-    print(as_text(run(given.pop("task"), given.pop("out"), **given)))
+    command.add_argument("--hours", type=float, default=HOURS, help="no trial begins after these")
+    command.add_argument("--train-text", type=Path, metavar="FILE", help="a text for text studies")
+    command.add_argument("--valid-text", type=Path, metavar="FILE", help="by default a fifth of it")
+    command.add_argument("--text-name", metavar="NAME", help="what the page calls the text")
+    for command in commands.choices.values():
+        command.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="results")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "list":
+            list_studies(args.out)
+        else:
+            unknown = [name for name in args.names if name not in STUDIES]
+            if unknown:
+                parser.error(f"no study is named {unknown[0]!r}, only {', '.join(STUDIES)}")
+            text = text_of(args)
+            names = args.names or [n for n in STUDIES if text or STUDIES[n].task != "text"]
+            run([STUDIES[name] for name in names], args.out, text, args.hours)
+    except (OSError, ValueError) as error:
+        print(f"focus_study.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on where it was.", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

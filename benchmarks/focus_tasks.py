@@ -57,6 +57,19 @@ def _cycle_navigation(generator: random.Random, length: int) -> tuple[list[int],
     return [2 + move for move in moves], sum(moves) % 5
 
 
+def _stack_manipulation(generator: random.Random, length: int) -> tuple[list[int], int]:
+    """A stack of bits, bottom first, and then actions on it: the top bit at the end, 2 if empty."""
+    stack = generator.choices((0, 1), k=generator.randrange(1, length))
+    actions = generator.choices((0, 1, 2), k=length - len(stack))
+    tokens = [1 + bit for bit in stack] + [3 + action for action in actions]
+    for action in actions:
+        if action < 2:
+            stack.append(action)
+        elif stack:
+            stack.pop()
+    return tokens, stack[-1] if stack else 2
+
+
 _SIGNS = {"+": 6, "-": 7, "*": 8, "(": 9, ")": 10, "=": 11, "x": 12}
 
 
@@ -117,6 +130,7 @@ TASKS = {
     "parity": Task(_parity, 3, 2),
     "even-pairs": Task(_even_pairs, 3, 2),
     "missing-duplicate": Task(_missing_duplicate, 4, 2),
+    "stack-manipulation": Task(_stack_manipulation, 6, 3),
     "cycle-navigation": Task(_cycle_navigation, 4, 5),
     "modular-arithmetic": Task(_modular_arithmetic, 13, 5),
     "solve-equation": Task(_solve_equation, 13, 5),

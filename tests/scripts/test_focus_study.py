@@ -1,7 +1,7 @@
-"""The study of semantic focus, at toy size: its tasks, an arm's training, restarts, the table."""
+"""The study of semantic focus, at toy size: its tasks, training, restarts, and its page."""
 
+import dataclasses
 import itertools
-import math
 import sys
 from pathlib import Path
 
@@ -10,18 +10,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import focus_cost
+import focus_report
 import focus_study
 from focus_tasks import TASKS
-
-TOY = {
-    "cap": 8,
-    "every": 4,
-    "length": 16,
-    "width": 8,
-    "blocks": 1,
-    "examples": 50,
-    "held_out": 20,
-}
+from focus_training import ACCURACY, SCORE, STEPS, train
+from harness.texts import Text
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -49,6 +42,17 @@ def test_the_classes_are_those_that_the_tokens_say():
     for tokens, target in zip(*TASKS["missing-duplicate"].sample(40, 20, seed=0), strict=True):
         at = tokens.tolist().index(3)
         assert tokens[(at + 10) % 20] == target + 1
+    for tokens, target in zip(*TASKS["stack-manipulation"].sample(40, 20, seed=0), strict=True):
+        left, dropped = 2, 0
+        for token in reversed(tokens.tolist()):
+            if token == 5:
+                dropped += 1
+            elif dropped:
+                dropped -= 1
+            else:
+                left = token - 1 if token < 3 else token - 3
+                break
+        assert left == target
     signs = {6: "+", 7: "-", 8: "*", 9: "(", 10: ")"}
     for name in ("modular-arithmetic", "solve-equation"):
         for tokens, drawn in zip(*TASKS[name].sample(40, 24, seed=0), strict=True):
@@ -59,33 +63,95 @@ def test_the_classes_are_those_that_the_tokens_say():
             assert value == (target if name == "modular-arithmetic" else known[-1] - 1)
 
 
-def test_arms_are_compared_with_tuned_rates_and_a_run_goes_on_where_it_was(tmp_path):
-    options = {"arms": ["top 5", "window 5"], "seeds": 2, "rates": [0.1, 0.2], "progress": False}
-    rows = focus_study.run("even-pairs", tmp_path, **options, **TOY)
-    assert [row["arm"] for row in rows] == ["plain", "top 5", "window 5"]
-    for row in rows:
-        assert row["seeds"] == 2
-        assert row["lr"] > 0
-        assert row["quartiles"][1] <= TOY["cap"]
-        assert 0 <= row["censored"] <= 2
-    text = focus_study.as_text(rows)
-    assert len(text.splitlines()) == 5
-    trials = (tmp_path / "trials.jsonl").read_text(encoding="utf-8")
-    assert focus_study.run("even-pairs", tmp_path, **options, **TOY) == rows
-    assert (tmp_path / "trials.jsonl").read_text(encoding="utf-8") == trials
+def toy(name, **changes):
+    size = {"length": 12, "blocks": 1, "held_out": 20, "width": 8, "examples": 50}
+    declared = {"cap": 8, "every": 4, "seeds": 2, "rates": (0.1, 0.2), "size": size}
+    return dataclasses.replace(focus_study.STUDIES[name], **declared | changes)
 
 
-def test_a_run_that_does_not_get_there_is_censored():
-    result = focus_study.train(0, lambda optimizer, model: optimizer, 1e-9, task="parity", **TOY)
-    assert result[focus_study.METRIC] == TOY["cap"]
-    assert result["reached"] < 0.5
+def test_arms_are_compared_at_tuned_rates_and_a_run_goes_on_where_it_was(tmp_path):
+    study = toy("even-pairs-adamw")
+    told = []
+    focus_study.run([study], tmp_path, tell=told.append)
+    assert not focus_study.pending(study, study.store(tmp_path))
+    found = focus_report.outcomes(study, study.store(tmp_path))
+    assert [*found] == [*("plain", "top 3", "window 3", "gradient 3", "(2, 1)", "top 3 and (2, 1)")]
+    for outcome in found.values():
+        assert outcome.lr > 0
+        assert len(outcome.metrics) == outcome.change.seeds == 2
+        assert outcome.quartiles[1] <= 8
+        assert 0 <= outcome.censored <= 2
+    focus_study.run([study], tmp_path, tell=told.append)
+    assert len(told) == len([*study.store(tmp_path).results()])
+    (of_seed, _) = focus_study.measures(study, tmp_path)
+    assert [row["step"] for row in of_seed["rows"]] == [0, 4]
+    share, first = focus_report.conditions(focus_study.measures(study, tmp_path))
+    assert 0 <= share <= 1
+    assert (share > 0) or first is None
+    with pytest.raises(ValueError, match="results of other settings"):
+        toy("even-pairs-adamw", cap=9).store(tmp_path)
 
 
-def test_the_measures_of_scores_are_those_of_full_attention():
-    rows = focus_study.measure("even-pairs", 0, 0.1, **TOY)
-    measured = [row["lambda_w"] for row in rows if row["side"] == "query"]
-    assert measured
-    assert all(math.isfinite(value) for value in measured)
+def test_the_command_line_lists_the_studies_and_refuses_unknown_ones(tmp_path, capsys):
+    assert focus_study.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [*focus_study.STUDIES]
+    with pytest.raises(SystemExit):
+        focus_study.main(["run", "even-pears", "--out", str(tmp_path)])
+    assert focus_study.main(["run", "text-adamw", "--out", str(tmp_path)]) == 2
+
+
+def test_no_trial_begins_after_the_declared_hours(tmp_path):
+    focus_study.run([toy("parity-adamw")], tmp_path, hours=0)
+    assert not [*toy("parity-adamw").store(tmp_path).results()]
+
+
+def test_arms_of_one_seed_see_the_same_text_and_a_window_changes_the_loss(tmp_path):
+    text = Text.split("toy", "the cat sat on the mat. " * 200)
+    study = toy("text-adamw", cap=2, keys=4, size={"batch": 2, "length": 16})
+    focus_study.run([study], tmp_path, text)
+    found = focus_report.outcomes(study, study.store(tmp_path))
+    assert [*found] == ["plain", "top 4", "window 4"]
+    assert len({outcome.metrics[0]["loss"] for outcome in found.values()}) == 3
+    with pytest.raises(ValueError, match="needs a text"):
+        study.function(None)
+
+
+def test_a_run_that_does_not_get_there_is_censored_and_scored_by_its_accuracy():
+    settings = {"cap": 8, "every": 4, "length": 12, "width": 8, "blocks": 1, "examples": 50}
+    result = train(0, lambda optimizer, model: optimizer, 1e-9, task="parity", **settings)
+    assert result[STEPS] == 8
+    assert result["reached"] == 0
+    assert result[SCORE] == pytest.approx(8 * (1.95 - result[ACCURACY]))
+
+
+def test_the_conditions_are_counted_over_layers_and_steps():
+    def row(step, w, x):
+        return {"step": step, "lambda_w": w, "lambda_x": x}
+
+    first = {"rows": [row(0, 2.0, 0.5), row(5, 0.5, 0.5), row(10, 0.5, 0.9)]}
+    second = {"rows": [row(0, 2.0, 2.0), row(5, 0.5, 2.0), row(10, 0.9, 0.9)]}
+    assert focus_report.conditions([first, second]) == (0.5, 7.5)
+    assert focus_report.conditions([{"rows": [row(0, 1.0, 0.5)]}]) == (0.0, None)
+
+
+def test_a_placeholder_that_has_no_result_is_an_error():
+    report = focus_report.Report()
+    with pytest.raises(ValueError, match="no result"):
+        report.page("[[change earlier | top 99]]")
+    with pytest.raises(ValueError, match="no placeholder is named 'chance'"):
+        report.page("[[chance earlier | top 5]]")
+    assert report.page("[[seeds earlier]]") == "10"
+
+
+def test_the_page_is_what_the_results_give(tmp_path, monkeypatch):
+    monkeypatch.setattr(focus_report, "save_both", lambda draw, path: draw().savefig(path, dpi=20))
+    focus_report.write_page(docs=tmp_path)
+    page = (tmp_path / "focus.md").read_text(encoding="utf-8")
+    assert page == (focus_report.DOCS / "focus.md").read_text(encoding="utf-8")
+    for ending in ("", "-dark"):
+        assert (focus_report.DOCS / focus_report.FIGURE.replace(".", f"{ending}.")).exists()
+    assert f"({focus_report.FIGURE})" in page
 
 
 def test_the_cost_is_a_ratio_of_calls_that_give_finite_gradients(capsys):
