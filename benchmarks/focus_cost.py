@@ -3,26 +3,31 @@
 The two take turns, and what is shown is the median of the ratios of neighbours, with quartiles.
 Memory is the growth of the resident set at its peak, of a process that makes one such call.
 
-    python benchmarks/focus_cost.py
-    python benchmarks/focus_cost.py --keys 8 32 --lengths 512 1024 --memory
+    python benchmarks/focus_cost.py --rounds 11 --out benchmarks/results/speed/focus.json
+    python benchmarks/focus_cost.py --keys 8 --lengths 1024 4096 --memory \\
+        --out benchmarks/results/speed/focus-memory.json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from speed.measure import add_options, in_turns, quartiles, start, write
+from speed.measure import add_options, in_turns, quartiles, start, three, write
 from torch.nn import functional as F
 
+from spanopt.compare.drawing import markdown
 from spanopt.focus import KINDS, focused_attention
 from spanopt.focus.spec import Keeping
 
 HEADS, WIDTH = 8, 64
+SPEED = Path(__file__).parent / "results" / "speed"
 
 
 def calls(length: int, keeping: Keeping, causal: bool) -> dict[str, Callable[[], None]]:
@@ -65,6 +70,25 @@ def grown(name: str, length: int, kind: str, k: int) -> float:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         calls(first, Keeping(kind, k), causal=False)[name]()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def time_table() -> str:
+    """Return the table of times in the results."""
+    rows: dict[str, list[str]] = {}
+    for row in json.loads((SPEED / "focus.json").read_text(encoding="utf-8"))["rows"]:
+        of_case = rows.setdefault(f"{row['length']:,}, {row['kind']} {row['k']}", ["", ""])
+        of_case[row["causal"]] = three(row["focused"], 1)
+    return markdown(["tokens, keys", "full", "causal"], [[name, *x] for name, x in rows.items()])
+
+
+def memory_table() -> str:
+    """Return the table of memory in the results."""
+    head = ["tokens", "PyTorch's kernel", "focus", "attention written out by hand"]
+    rows = [
+        [f"{row['length']:,}", *(f"{row[x]:,.0f} MB" for x in ("plain", "focused", "by hand"))]
+        for row in json.loads((SPEED / "focus-memory.json").read_text(encoding="utf-8"))["rows"]
+    ]
+    return markdown(head, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from focus_cost import memory_table, time_table
 from focus_study import MEASURED_SEEDS, RESULTS, STUDIES, Study, measures
 from focus_training import ACCURACY, STEPS
 from harness.shades import save_both
 from matplotlib import rcParams
 from matplotlib.figure import Figure
-from speed.measure import three
 
 from spanopt.compare.arms import PLAIN
 from spanopt.compare.drawing import COLOURS, markdown
@@ -28,7 +28,6 @@ __all__ = ["Outcome", "Report", "write_page"]
 
 TEMPLATE = Path(__file__).parent / "focus.in.md"
 DOCS = Path(__file__).parent.parent / "docs"
-SPEED = RESULTS.parent / "speed"
 FIGURE = "focus-steps.png"
 FULL = "full attention"
 _PLACEHOLDER = re.compile(r"\[\[([\w-]+)(?: ([\w-]+)(?: \| ([^\]]+))?)?\]\]")
@@ -88,6 +87,24 @@ def _outcomes(
     return found
 
 
+def rates(study: Study, store: Store) -> str:
+    """Return the table of mean steps on the seeds of tuning, by arm and rate."""
+    design = study.design()
+    swept = {arm: design.swept(arm, store) for arm in design.arms if design.is_known(arm, store)}
+    values = sorted({lr for of_arm in swept.values() for lr in of_arm})
+    rows = []
+    for arm in swept:
+        cells = []
+        for lr in values:
+            trials = [store.get(trial) for trial in design.sweep(arm, lr)]
+            metrics = [trial["metrics"] for trial in trials if trial]
+            reached = sum(row["reached"] > 0.5 for row in metrics)
+            mean = f"{statistics.fmean(row[STEPS] for row in metrics):.0f}" if metrics else ""
+            cells.append(mean if reached == len(metrics) else f"> {mean}" if reached else "-")
+        rows.append([_named(arm), *cells])
+    return markdown(["arm", *(f"{lr:g}" for lr in values)], rows)
+
+
 def earlier(out: Path) -> dict[str, Outcome]:
     """Return what an earlier comparison measured, with 20 tokens and 5 keys; see the page."""
     losses: dict[tuple[str, float], list[float]] = {}
@@ -131,25 +148,6 @@ def conditions(rows: list[dict[str, Any]]) -> tuple[float, float | None]:
     return share, first if first < 10**9 else None
 
 
-def cost() -> str:
-    """Return the table of times that focus_cost.py measured."""
-    rows: dict[str, list[str]] = {}
-    for row in json.loads((SPEED / "focus.json").read_text(encoding="utf-8"))["rows"]:
-        of_case = rows.setdefault(f"{row['length']:,}, {row['kind']} {row['k']}", ["", ""])
-        of_case[row["causal"]] = three(row["focused"], 1)
-    return markdown(["tokens, keys", "full", "causal"], [[name, *x] for name, x in rows.items()])
-
-
-def memory() -> str:
-    """Return the table of memory that focus_cost.py measured."""
-    head = ["tokens", "PyTorch's kernel", "focus", "attention written out by hand"]
-    rows = [
-        [f"{row['length']:,}", *(f"{row[x]:,.0f} MB" for x in ("plain", "focused", "by hand"))]
-        for row in json.loads((SPEED / "focus-memory.json").read_text(encoding="utf-8"))["rows"]
-    ]
-    return markdown(head, rows)
-
-
 def _named(arm: str) -> str:
     return FULL if arm == PLAIN else f"full attention, {arm}" if arm == "(2, 1)" else arm
 
@@ -161,11 +159,11 @@ def _percent(change: Change) -> str:
 class Report:
     """Fills results into a text.
 
-    Placeholders are ``[[table STUDY]]``, ``[[conditions]]``, ``[[missing]]``, ``[[cost]]``,
-    ``[[memory]]`` and, inside a sentence, ``[[change STUDY | ARM]]``, ``[[median STUDY | ARM]]``,
-    ``[[between STUDY | ARM against ARM]]``, ``[[censored STUDY | ARM]]``, ``[[lr STUDY | ARM]]``,
-    ``[[seeds STUDY]]``, ``[[cap STUDY]]`` and ``[[measured]]``. ``earlier`` is a comparison that is
-    no study.
+    Placeholders are ``[[table STUDY]]``, ``[[rates STUDY]]``, ``[[conditions]]``, ``[[missing]]``,
+    ``[[cost]]``, ``[[memory]]`` and, inside a sentence, ``[[change STUDY | ARM]]``,
+    ``[[between STUDY | ARM against ARM]]``, ``[[median STUDY | ARM]]``,
+    ``[[censored STUDY | ARM]]``, ``[[lr STUDY | ARM]]``, ``[[seeds STUDY]]``, ``[[cap STUDY]]`` and
+    ``[[measured]]``. ``earlier`` is a comparison that is no study.
 
     Args:
         out: The folder of results.
@@ -198,8 +196,9 @@ class Report:
             "table": lambda: self.table(name),
             "conditions": self.conditions,
             "missing": self.missing,
-            "cost": cost,
-            "memory": memory,
+            "rates": lambda: rates(STUDIES[name], STUDIES[name].store(self.out)),
+            "cost": time_table,
+            "memory": memory_table,
             "lr": lambda: f"{self.found[name][arm].lr:g}",
             "measured": lambda: str(MEASURED_SEEDS),
             "between": lambda: _percent(self.between(name, *arm.split(" against "))),
