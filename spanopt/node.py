@@ -14,7 +14,7 @@ from spanopt.rescaling import Rescaling, unfit_dtypes
 from spanopt.setups import SPAN, Setup, SetupFunction
 from spanopt.shards import Spread, is_spread, on_shards
 
-__all__ = ["rescaling_node", "span_node", "switch_on", "switched_node", "uniform_node"]
+__all__ = ["rescaling_node", "signed", "span_node", "switch_on", "switched_node", "uniform_node"]
 
 
 def span_node(
@@ -214,7 +214,7 @@ def switch_on(
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
 
-def _signed(forward: _Forward) -> _Forward:
+def signed(forward: _Forward) -> _Forward:
     """Store the signature of a node's forward, which autograd would work out anew in each call."""
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     return forward
@@ -224,7 +224,7 @@ def _signed(forward: _Forward) -> _Forward:
 # version error.
 class _RescalingNode(torch.autograd.Function):
     @staticmethod
-    @_signed
+    @signed
     def forward(
         x: Tensor,
         rescaling: Rescaling,
@@ -254,7 +254,7 @@ class _RescalingNode(torch.autograd.Function):
 
 class _SwitchedNode(torch.autograd.Function):
     @staticmethod
-    @_signed
+    @signed
     def forward(
         x: Tensor,
         query: Rescaling,
@@ -292,7 +292,7 @@ class _SwitchedNode(torch.autograd.Function):
 
 class _SwitchOn(torch.autograd.Function):
     @staticmethod
-    @_signed
+    @signed
     def forward(
         x: Tensor, switch: Tensor, padding: Tensor, mask: Tensor | None, sign: float
     ) -> Tensor:

@@ -119,10 +119,9 @@ class Rescaling:
         """
         if self.mode == "identity":
             return grad
-        parallel, violation = self.pair()
+        parallel, violation = self.used_factors()
         if self.mode == "uniform":
             return multiplied(grad, parallel)
-        violation = 0.0 if self.mode == "parallel" else violation
         factors: dict[str, Any] = {"parallel": parallel, "violation": violation}
         if self.setup is not SPAN:
             of_span = self.setup(grad, x, other, ridge=self.ridge, mask=mask)
@@ -186,6 +185,11 @@ class Rescaling:
         """
         key, *rest = packed
         return cls(carried(key), *rest)
+
+    def used_factors(self) -> tuple[Any, Any]:
+        """Return parallel and violation, which is the number 0 if no violation is left."""
+        parallel, violation = self.pair()
+        return parallel, 0.0 if self.mode == "parallel" else violation
 
     def pair(self) -> tuple[Any, Any]:
         """Return parallel and violation."""

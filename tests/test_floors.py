@@ -31,6 +31,7 @@ FLOORS = """
     plan table tokens
     taps
     compiling errors
+    pair
     node
     rescaling
     setups

@@ -9,7 +9,7 @@ from torch import Tensor
 from spanopt.mathematics import fused, mixed, whitening
 from spanopt.mathematics.spans import Total
 
-__all__ = ["FORMULATIONS", "combined", "get_formulation", "set_formulation"]
+__all__ = ["FORMULATIONS", "combined", "formulation_of", "get_formulation", "set_formulation"]
 
 FORMULATIONS = {
     "auto": "mixed on a GPU, for bfloat16 and float16; otherwise plain",
@@ -93,16 +93,7 @@ def combined(
     Raises:
         RuntimeError: A formulation is forced that cannot be used for these tensors.
     """
-    name = _forced[0]
-    if name == "auto":
-        name = _best(basis, x, total)
-    elif name != "plain":
-        reason = (fused if name == "fused" else mixed).why_not(basis, x, total)
-        if reason:
-            raise RuntimeError(
-                f"the formulation {name!r} is forced and can't be had: {reason}; "
-                "set_formulation('auto') takes another one there"
-            )
+    name = formulation_of(basis, x, total)
     if name == "fused":
         return fused.combined(basis, x, ridge=ridge, mask=mask, factor=factor, rest=rest)
     if name == "mixed":
@@ -112,12 +103,30 @@ def combined(
     )
 
 
-def _best(basis: Tensor, x: Tensor, total: Total | None) -> str:
-    """Return the name of the formulation that the tensors get if none is forced.
+def formulation_of(basis: Tensor, x: Tensor, total: Total | None = None) -> str:
+    """Return the name of the formulation that tensors get: the forced one, or the best.
 
     ``"fused"`` is used only if it is forced, until its kernels have been run on a GPU.
+
+    Args:
+        basis: As in :func:`combined`.
+        x: As in :func:`combined`.
+        total: As in :func:`combined`.
+
+    Raises:
+        RuntimeError: A formulation is forced that cannot be used for these tensors.
     """
-    return "mixed" if basis.is_cuda and not mixed.why_not(basis, x, total) else "plain"
+    name = _forced[0]
+    if name == "auto":
+        return "mixed" if basis.is_cuda and not mixed.why_not(basis, x, total) else "plain"
+    if name != "plain":
+        reason = (fused if name == "fused" else mixed).why_not(basis, x, total)
+        if reason:
+            raise RuntimeError(
+                f"the formulation {name!r} is forced and can't be had: {reason}; "
+                "set_formulation('auto') takes another one there"
+            )
+    return name
 
 
 _forced = ["auto"]

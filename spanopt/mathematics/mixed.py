@@ -7,6 +7,8 @@ enter a product as two terms of half precision, so they lose no digit that the r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from spanopt.mathematics.magnitudes import inverse_power, largest_entries
 from spanopt.mathematics.precision import default_ridge, full_precision
 from spanopt.mathematics.spans import Total
 
-__all__ = ["combined", "why_not"]
+__all__ = ["combined", "matrices", "projected", "why_not"]
 
 _SHIFT = shift_for(torch.finfo(torch.float32).eps)
 
@@ -49,28 +51,44 @@ def combined(
     """
     if basis.numel() == 0 or x.numel() == 0:
         return whitening.combined(basis, x, ridge=ridge, mask=mask, factor=factor, rest=rest)
-    ridge = max(default_ridge(torch.float32), ridge or 0.0)
     with full_precision(basis.device.type):
-        q = _scaled(_matrices(basis.detach(), mask))
-        gram = gram_of(q)
-        trace = add_shift(gram, max(_SHIFT, ridge))
-        inverse, failed = inverse_factor(gram)
-        whitened = _times(q, inverse).to(q.dtype)
-        ridged = (inverse * (ridge * trace)[..., None]).mT
-        second = torch.baddbmm(gram_of(whitened), ridged, inverse)
-        inverse, failed_again = inverse_factor(second)
-        valid = torch.ones_like(trace).masked_fill_((failed + failed_again > 0)[:, None], torch.nan)
-        weight = valid.view(*basis.shape[:-2], 1, 1)
+        q = matrices(basis.detach(), mask)
         if factor is not None:
-            weight = weight * factor
-        inner = product(whitened.mT, _matrices(x, mask)) * weight.reshape(-1, 1, 1)
-        result = _times(whitened, inverse @ (inverse.mT @ inner)).view(x.shape)
+            factor = factor.expand(*basis.shape[:-2], 1, 1).reshape(-1, 1, 1)
+        result = projected(q, [matrices(x, mask)], ridge, factor).view(x.shape)
     if rest is not None:
         result.addcmul_(x, rest)
     return result.to(x.dtype)
 
 
-def _matrices(x: Tensor, mask: Tensor | None) -> Tensor:
+def projected(
+    q: Tensor, views: Sequence[Tensor], ridge: float | None, factor: Tensor | None
+) -> Tensor:
+    """Return ``factor * P x`` in float32.
+
+    Args:
+        q: Q with zeros at masked tokens, shape (matrices, N, d).
+        views: x with zeros at masked tokens, in parts (matrices, N, d) that follow each other.
+        ridge: The ridge as the user gave it.
+        factor: Shape (matrices, 1, 1), or ``None`` for 1.
+    """
+    ridge = max(default_ridge(torch.float32), ridge or 0.0)
+    q = _scaled(q)
+    gram = gram_of(q)
+    trace = add_shift(gram, max(_SHIFT, ridge))
+    inverse, failed = inverse_factor(gram)
+    whitened = _times(q, inverse).to(q.dtype)
+    ridged = (inverse * (ridge * trace)[..., None]).mT
+    second = torch.baddbmm(gram_of(whitened), ridged, inverse)
+    inverse, failed_again = inverse_factor(second)
+    missing = (failed + failed_again > 0)[:, None, None]
+    weight = torch.where(missing, torch.nan, 1.0 if factor is None else factor)
+    parts = whitened.split([len(x) for x in views])
+    inner = torch.cat([product(a.mT, x) for a, x in zip(parts, views, strict=True)])
+    return _times(whitened, inverse @ (inverse.mT @ (inner * weight)))
+
+
+def matrices(x: Tensor, mask: Tensor | None) -> Tensor:
     """Return x as (matrices, N, d), with zeros at masked tokens. It may be a view of x."""
     if mask is not None:
         x = x.masked_fill(~mask[..., None], 0)

@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from spanopt.declarations import Declaration, declare
 from spanopt.taps.calls import thread
-from spanopt.taps.score import put_nodes
+from spanopt.taps.score import nodes_on
 from spanopt.taps.tap import Tap
 
 __all__ = ["register"]
@@ -80,7 +80,7 @@ def register(
                     "must have 4 dimensions; packed sequences are not supported"
                 )
         of_query, of_key = (x.transpose(1, 2) if tokens_first else x for x in tensors)
-        nodes = put_nodes(tap, of_query, of_key)
+        nodes = nodes_on(tap, of_query, of_key)
         tap.site.tap = name
         args, kwargs = (*args,), {**kwargs}
         for (at, i), x in zip(places, nodes, strict=True):

@@ -27,7 +27,7 @@ from spanopt.taps.mode import keeping
 from spanopt.taps.real import Tokens, appended, real_tokens
 from spanopt.taps.refusals import refuse, refuse_vmap
 from spanopt.taps.running import Place
-from spanopt.taps.sides import other_sides, put_node
+from spanopt.taps.sides import other_sides, put_nodes
 from spanopt.taps.tap import Tap
 from spanopt.taps.telling import Watcher
 
@@ -210,10 +210,11 @@ class _ScoreProduct(TorchFunctionMode):
             query, key, None, (self.query.given, self.key.given), self.layer
         )
         with keeping(self.place):
-            one, two = self.query.rescaling, self.key.rescaling
-            of_query, of_key = other_sides(one.setup, self.layer, query, key)
-            query = put_node(one, query, self.layer, "query", queries, of_query, self.watcher)
-            key = put_node(two, key, self.layer, "key", keys, of_key, self.watcher)
+            rescalings = self.query.rescaling, self.key.rescaling
+            others = other_sides(rescalings[0].setup, self.layer, query, key)
+            query, key = put_nodes(
+                rescalings, (query, key), self.layer, (queries, keys), others, self.watcher
+            )
         return query, key, queries.mask
 
 

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from spanopt.declarations import Declaration, declare
 from spanopt.taps.mode import keeping
 from spanopt.taps.once import read_once
-from spanopt.taps.sides import other_sides, put_node
+from spanopt.taps.sides import other_sides, put_node, put_nodes
 from spanopt.taps.tap import Tap
 
-__all__ = ["HANDLERS", "put_nodes"]
+__all__ = ["HANDLERS", "nodes_on"]
 
 
 def _scaled_dot_product_attention(
@@ -38,13 +38,20 @@ def _scaled_dot_product_attention(
             seen = () if attn_mask is None else read_once(attn_mask, query.ndim)
             same = query.shape[-2] == key.shape[-2] and tap.is_self_attention(query, key)
             queries, keys = tap.tokens(query, key, seen, same)
-            of_query, of_key = other_sides(tap.rescaling.setup, tap.site.name, query, key)
+            others = other_sides(tap.rescaling.setup, tap.site.name, query, key)
             watcher, layer = tap.watching(), tap.site.name
             if watcher is not None:
                 watcher.scores(layer, query, key, queries.mask, attn_mask, *args, **kwargs)
             with keeping(place):
-                query = put_node(tap.query, query, layer, "query", queries, of_query, watcher)
-                key = put_node(tap.key, key, layer, "key", keys, of_key, watcher)
+                query, key = put_nodes(
+                    (tap.query, tap.key),
+                    (query, key),
+                    layer,
+                    (queries, keys),
+                    others,
+                    watcher,
+                    changed=func is _operands,
+                )
         else:
             query = put_node(tap.query, query, tap.site.name, "query")
             key = put_node(tap.key, key, tap.site.name, "key")
@@ -64,7 +71,7 @@ def _check_groups(tap: Tap, query: Tensor, key: Tensor, enable_gqa: bool) -> Non
     )
 
 
-def put_nodes(tap: Tap, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+def nodes_on(tap: Tap, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Return the query and key of an attention call without a mask, with nodes on them.
 
     Args:

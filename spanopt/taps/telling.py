@@ -121,14 +121,15 @@ class Watchers:
             watcher.ran(*args, **kwargs)
 
 
-def watch_node(watcher: Watcher, watched: Watched, node: Tensor) -> None:
+def watch_node(watcher: Watcher, watched: Watched, node: Tensor, at: int = 0) -> None:
     """Arrange for a watcher to be told of the gradients that pass a node.
 
     Args:
         watcher: The watcher.
         watched: The Q or K that the node is on.
-        node: The tensor with the node on it. In a hook on its ``grad_fn``, the first output has the
-            given gradient, and the first input has the rescaled one.
+        node: The tensor with the node on it. In a hook on its ``grad_fn``, an output has the given
+            gradient, and the input at the same place has the rescaled one.
+        at: That place.
     """
     if is_spread(node):
         reason = "it is a DTensor, spread over processes, which is not measured"
@@ -137,8 +138,9 @@ def watch_node(watcher: Watcher, watched: Watched, node: Tensor) -> None:
     watched = watched._replace(x=watched.x.detach())
 
     def note(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> Any:
-        if inputs[0] is not None and outputs[0] is not None:
-            watcher.gradients(watched, outputs[0], inputs[0])
+        rescaled, given = inputs[at], outputs[at]
+        if rescaled is not None and given is not None:
+            watcher.gradients(watched, given, rescaled)
 
     assert node.grad_fn is not None
     node.grad_fn.register_hook(note)

@@ -113,8 +113,8 @@ def test_a_gpu_gets_products_of_half_precision_where_the_tensors_are(
     dtype: torch.dtype, expected: str
 ) -> None:
     basis = normal(N, D).to(dtype).as_subclass(OnAGpu)
-    assert formulations._best(basis, basis, None) == expected
-    assert formulations._best(basis, basis, lambda part: part) == "plain"
+    assert formulations.formulation_of(basis, basis) == expected
+    assert formulations.formulation_of(basis, basis, lambda part: part) == "plain"
 
 
 def test_a_forced_formulation_that_cannot_be_had_is_an_error_that_says_why() -> None:
