@@ -21,6 +21,7 @@ __all__ = ["remaining_in_order"]
 LOW = {e.name.removeprefix("low-rate-"): e for e in (*AT_LOW_RATE, *AT_LOW_RATE_ELSEWHERE)}
 THREE, FOUR, EIGHT = slice(0, 3), slice(0, 4), slice(0, 8)
 OTHER_PROJECTIONS = ("(2, 1), pooled", "(1, 2), pooled")
+QK_FEW = tuple(f"plain, Q and K's rate x {factor}" for factor in (1.2, 1.5))
 CHANCE = ("near-null (1.0001, 1)", "random subspace (2, 1)")
 
 
@@ -30,22 +31,23 @@ def remaining_in_order() -> Iterator[Experiment]:
     yield AT_RATE[16e-3].part(MAIN_ARMS, THREE)
     yield SEARCH[0]
     if CHOSEN:
-        yield confirmation(CHOSEN)
-    yield few(LOW["equivalent"], FOUR)
-    yield from (few(LOW[name], FOUR) for name in LOW if name.startswith("text-"))
-    yield few(LOW["paths"], FOUR)
-    yield AT_RATE[1e-3].part(("plain", *CHANCE), EIGHT)
+        yield few(confirmation(CHOSEN), EIGHT)
     yield SEARCH[1]
-    yield few(LOW["subwords"], FOUR)
+    yield few(LOW["equivalent"], FOUR)
+    yield AT_RATE[1e-3].part(("plain", *QK_FEW), FOUR)
+    yield few(LOW["text-python-source"], THREE)
+    yield AT_RATE[1e-3].part(("plain", *CHANCE), FOUR)
+    yield few(LOW["subwords"], THREE)
+    yield few(LOW["paths"], FOUR)
+    yield AT_RATE[16e-3].part(MAIN_ARMS, EIGHT)
     yield AT_RATE[1e-3].part(("plain", *OTHER_PROJECTIONS), EIGHT)
     yield LONG_AT_RATE[0].part(MAIN_ARMS[:3], THREE)
     for d in (8, 32, 128):
         yield few(LOW[f"head-dim-{d}"], FOUR)
-    yield AT_RATE[16e-3].part(MAIN_ARMS, EIGHT)
     yield AT_RATE[2e-3].part(("plain", *CHANCE, *OTHER_PROJECTIONS), FOUR)
     yield from (few(e, EIGHT) for e in LOW.values())
     yield from fixed_rates_in_order()
-    yield from [*LONG_AT_RATE, *LOW.values()]
+    yield from [*LONG_AT_RATE, *LOW.values(), *([confirmation(CHOSEN)] if CHOSEN else [])]
 
 
 def few(e: Experiment, seeds: slice) -> Experiment:
