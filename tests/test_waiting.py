@@ -4,6 +4,9 @@ On a GPU each such operation would make the host wait. Here a mode refuses them,
 tests in ``tests/gpu`` ask CUDA itself.
 """
 
+from contextlib import contextmanager
+from unittest import mock
+
 import forms
 import pytest
 import torch
@@ -59,11 +62,24 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def no_numbers():
+    """Refuse to make tensors of numbers: copying these to a GPU waits for it."""
+
+    def as_tensor(data, **options):
+        assert isinstance(data, torch.Tensor), f"a tensor made of {data} waits for the device"
+        return data.to(**options)
+
+    # Autograd calls a node's backward without the function modes around it.
+    with mock.patch.multiple(torch, tensor=as_tensor, as_tensor=as_tensor):
+        yield
+
+
 def step(model, optimizer, batch, mode):
     optimizer.zero_grad()
     real = torch.ones(batch.shape, dtype=torch.bool)
     real[0, 5:] = False
-    with mode, token_mask(real):
+    with mode, no_numbers(), token_mask(real):
         model(batch).square().mean().backward()
 
 
@@ -88,14 +104,25 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("tap", "setup"), CASES)
-def test_a_step_reads_no_value_back(tap, setup):
+SCALES = {
+    "both": {"query": (2.0, 0.5), "key": (0.5, 2.0)},
+    "no violation": {"query": (2.0, 0.0), "key": (0.5, 0.0)},
+    "equal": {"query": (2.0, 2.0), "key": (0.5, 2.0)},
+}
+
+
+@pytest.mark.parametrize(
+    ("tap", "setup", "scales"),
+    [(*case, "both") for case in CASES]
+    + [(tap, "span", name) for tap in ATTENTION for name in list(SCALES)[1:]],
+)
+def test_a_step_reads_no_value_back(tap, setup, scales):
     model = Decoder(**ATTENTION[tap])
     options = {"qk_modules": QK_MODULES} if tap == "projection" else {}
     optimizer = SpanScaledOptimizer(
         torch.optim.AdamW(model.parameters()),
         model,
-        {"*": {"query": (2.0, 0.5), "key": (0.5, 2.0)}},
+        {"*": SCALES[scales]},
         projection=setup,
         **options,
     )
@@ -113,6 +140,9 @@ def test_the_mode_refuses_what_waits():
     for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: x.nonzero(), lambda: bool(x[0])):
         with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
             wait()
+    for number in (lambda: torch.tensor(1.0), lambda: torch.as_tensor(1.0)):
+        with pytest.raises(AssertionError, match="waits for the device"), no_numbers():
+            number()
 
 
 @pytest.mark.parametrize("setup", sorted(SETUPS))

@@ -133,5 +133,8 @@ def rescale_by_document(
 
 
 def per_head(factor: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    factor = torch.as_tensor(factor, dtype=dtype, device=device)
+    """Return a factor as a tensor of shape ``()`` or ``(H, 1, 1)``."""
+    if not isinstance(factor, Tensor):  # a tensor made of a number would be copied to the device
+        return torch.full((), factor, dtype=dtype, device=device)
+    factor = factor.to(device, dtype)
     return factor[..., None, None] if factor.ndim else factor

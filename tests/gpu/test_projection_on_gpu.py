@@ -19,6 +19,7 @@ from mathematics.samplers import (
 from torch.profiler import ProfilerActivity, profile
 
 from spanopt.mathematics import fused, mixed
+from spanopt.mathematics.together import rescale_together
 from spanopt.projection import project, rescale, set_formulation
 
 DEVICE = "cuda"
@@ -89,6 +90,39 @@ def test_masked_tokens_are_not_in_the_span(padding, formulation):
     result = rescale(*on_gpu, parallel=2.0, violation=0.5, mask=real.to(DEVICE))
     expected = expected_rescaled(grad, basis, 2.0, 0.5, real)
     assert_near(result.cpu(), expected, 4 * torch.finfo(torch.bfloat16).eps, grad)
+
+
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "length"), [(32, 2000), (64, 8192), (128, 4000)])
+def test_identical_tokens_have_a_span(width, length, dtype, formulation):
+    """A GPU adds up many products one after the other, and so their rounding errors."""
+    basis = normal(4, 1, width).expand(4, length, width).to(dtype)
+    grad = normal(4, length, width, seed=1).to(dtype)
+    force(formulation, basis.to(DEVICE), grad.to(DEVICE))
+    result = rescale(grad.to(DEVICE), basis.to(DEVICE), parallel=2.0, violation=0.5)
+    expected = 1.5 * grad.double().mean(1, keepdim=True) + 0.5 * grad.double()
+    assert_near(result.cpu(), expected, 8 * torch.finfo(dtype).eps + 1e-5, grad)
+
+
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_both_sides_in_one_batch_get_what_they_get_alone(kv_heads, dtype, formulation):
+    bases, grads = (
+        [normal(3, h, 90, 64, seed=seed + h).to(DEVICE, dtype) for h in (4, kv_heads)]
+        for seed in (0, 10)
+    )
+    force(formulation, bases[0], grads[0])
+    real = (torch.arange(90) < torch.tensor([90, 30, 1])[:, None])[:, None].to(DEVICE)
+    numbers = torch.tensor([[2.0, 0.5], [0.25, 3.0]], dtype=torch.float64, device=DEVICE)
+    factors = [tuple(pair.unbind()) for pair in numbers]
+    results = rescale_together(grads, bases, factors, ridge=None, masks=(real, None))
+    for result, grad, basis, (a, b), mask in zip(
+        results, grads, bases, factors, (real, None), strict=True
+    ):
+        alone = rescale(grad, basis, parallel=a, violation=b, mask=mask)
+        assert_near(result.cpu(), alone.cpu(), 8 * torch.finfo(dtype).eps, grad.cpu())
 
 
 @pytest.mark.parametrize("formulation", ["plain", "fused"])

@@ -12,12 +12,12 @@ from spanopt.setups import SETUPS
 
 DEVICE = "cuda"
 SCALES = {"*": (2.0, 0.5)}
+NO_VIOLATION = {"*": (2.0, 0.0)}
 
 
-def wrapped(model, **options):
-    return SpanScaledOptimizer(
-        torch.optim.AdamW(model.parameters(), 1e-2, **options), model, SCALES
-    )
+def wrapped(model, scales=SCALES, **options):
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, **options)
+    return SpanScaledOptimizer(optimizer, model, scales)
 
 
 def decoder(**options):
@@ -49,11 +49,12 @@ def test_a_model_on_a_gpu_gets_the_gradients_of_the_cpu():
         torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("scales", [SCALES, NO_VIOLATION], ids=["both", "no violation"])
 @pytest.mark.parametrize("setup", sorted(set(SETUPS) - {"feature"}))
-def test_cuda_says_that_nothing_waits(setup):
+def test_cuda_says_that_nothing_waits(setup, scales):
     model = decoder()
     optimizer = SpanScaledOptimizer(
-        torch.optim.AdamW(model.parameters()), model, SCALES, projection=setup
+        torch.optim.AdamW(model.parameters()), model, scales, projection=setup
     )
     batch = tokens().to(DEVICE)
     run(model, optimizer, batch, steps=2)  # Triton compiles, and libraries make their handles
@@ -119,13 +120,14 @@ def test_compiled_steps_are_those_of_eager_code(mode):
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
 
 
-def test_a_whole_step_is_captured_with_a_capturable_optimizer():
+@pytest.mark.parametrize("scales", [SCALES, NO_VIOLATION], ids=["both", "no violation"])
+def test_a_whole_step_is_captured_with_a_capturable_optimizer(scales):
     batch = tokens().to(DEVICE)
     model = decoder()
-    expected = run(model, wrapped(model, capturable=True), batch, steps=8)
+    expected = run(model, wrapped(model, scales, capturable=True), batch, steps=8)
 
     model = decoder()
-    optimizer = wrapped(model, capturable=True)
+    optimizer = wrapped(model, scales, capturable=True)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
