@@ -33,15 +33,24 @@ class Trail:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Any, torch.Size]] = {}
+        self._lost: dict[int, str] = {}
 
     def note(self, x: Tensor, scores: Any) -> None:
         """Note that a tensor is scores."""
         if x.grad_fn is not None:
             self._known[x.grad_fn._sequence_nr()] = scores, x.shape
 
+    def note_lost(self, x: Tensor, operation: str) -> None:
+        """Note at which operation a tensor that was scores is no longer followed."""
+        if x.grad_fn is not None:
+            number = x.grad_fn._sequence_nr()
+            self._known.pop(number, None)
+            self._lost[number] = operation
+
     def close(self) -> None:
         """Forget everything."""
         self._known.clear()
+        self._lost.clear()
 
     def through_elementwise(self, x: Tensor, layer: nn.Module) -> Any:
         """Return the scores that a tensor was computed from entry by entry, or ``None``.
@@ -74,11 +83,13 @@ class Trail:
             directly: Whether to look only for scores with no further product between them and
                 ``x``. Linear attention whose result goes into a router has such a product.
         """
-        if not self._known:
+        if not (self._known or self._lost):
             return None
-        first = min(self._known)
+        first = min([*self._known, *self._lost])
         pending, visited = [x.grad_fn], set()
         for node in pending:
+            if node is not None and node._sequence_nr() in self._lost:
+                return self._lost[node._sequence_nr()]
             if node is None or (directly and operation(node.name()) in PRODUCTS):
                 continue
             for before, _ in node.next_functions:

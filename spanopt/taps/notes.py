@@ -50,6 +50,13 @@ class Notes(Generic[_T]):
         noted = self.noted.get(id(x))
         return noted[1] if noted is not None and noted[0]() is x else None
 
+    def items(self) -> list[tuple[Tensor, _T]]:
+        """Return the tensors that live, each with its note. The newest are first when traced."""
+        if torch.compiler.is_dynamo_compiling():
+            return list(self._traced)
+        pairs = [(reference(), note) for reference, note in self.noted.values()]
+        return [(x, note) for x, note in pairs if x is not None]
+
     def is_empty(self) -> bool:
         """Return whether there are no notes."""
         return not self._traced and (torch.compiler.is_dynamo_compiling() or not self.noted)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from spanopt.taps.masks import Read, Verdict, allowed, judge, read
+from spanopt.taps.judging import Verdict, judge
+from spanopt.taps.masks import Read, allowed, read
 
 __all__ = ["judge_once", "read_once"]
 
@@ -67,7 +68,7 @@ def judge_once(
         padding: Padding masks that the model was called with.
 
     Returns:
-        The verdict of :func:`spanopt.taps.masks.judge`.
+        The verdict of :func:`spanopt.taps.judging.judge`.
 
     Example:
         >>> shown = read_once(torch.tensor([[[[True, False]]]]), 4)

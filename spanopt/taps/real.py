@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spanopt.taps.masks import Verdict
+from spanopt.taps.judging import Verdict
 
 __all__ = [
     "Tokens",

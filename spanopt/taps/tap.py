@@ -14,7 +14,8 @@ from spanopt.setups import SPAN
 from spanopt.sites import AttentionSite
 from spanopt.taps.calls import GivenTokens
 from spanopt.taps.focusing import Focusing, focusing_of
-from spanopt.taps.masks import Read, Verdict
+from spanopt.taps.judging import Verdict
+from spanopt.taps.masks import Read
 from spanopt.taps.mode import Handler, LayerMode
 from spanopt.taps.real import Tokens, real_tokens
 from spanopt.taps.refusals import check_heads, refuse, refuse_vmap

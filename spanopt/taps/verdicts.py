@@ -10,7 +10,8 @@ from torch import Tensor
 from spanopt.errors import unclear_mask
 from spanopt.shards import is_spread
 from spanopt.taps.calls import Call
-from spanopt.taps.masks import Read, Verdict, can_be_read
+from spanopt.taps.judging import Verdict
+from spanopt.taps.masks import Read, can_be_read
 from spanopt.taps.once import judge_once
 from spanopt.taps.padding import NotedMasks
 from spanopt.taps.telling import Watcher
@@ -37,6 +38,10 @@ class Verdicts:
         self.deferred: bool = False
         self.unclear: Tensor = _counter(torch.device("cpu"))
 
+    def has_padding(self) -> bool:
+        """Return whether the layer, or a module around it, was called with a padding mask."""
+        return any([bool(noted.masks) for noted in self.noted])  # noqa: C419
+
     def count_on(self, device: torch.device) -> None:
         """From now on, count unclear masks on this device."""
         if self.unclear.device != device:
@@ -51,7 +56,7 @@ class Verdicts:
             self.unclear.zero_()
 
     def judged(self, read: Read, n: int, m: int, self_attention: bool) -> Verdict | None:
-        """Find the real tokens from the masks; see :func:`~spanopt.taps.masks.judge`.
+        """Find the real tokens from the masks; see :func:`~spanopt.taps.judging.judge`.
 
         Args:
             read: What the masks show.

@@ -35,8 +35,8 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from spanopt import SpanMonitor, SpanScale, SpanScaledOptimizer, attach, token_mask
+from spanopt.taps import judging, once, verdicts
 from spanopt.taps import masks as rule
-from spanopt.taps import once, verdicts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*mismatched key_padding_mask and attn_mask.*")
 
@@ -473,7 +473,7 @@ def test_masks_of_any_size_are_judged_without_reading_them(shape, monkeypatch):
         seen = rule.read(torch.full(shape, value), 4)
         for padding in ([], [torch.ones(batch, m)], [torch.ones(2 * batch, m)]):
             for n_queries in {n, m}:
-                verdict = rule.judge(seen, n_queries, m, self_attention=True, padding=padding)
+                verdict = judging.judge(seen, n_queries, m, self_attention=True, padding=padding)
                 assert verdict.keys.shape[1] == m
                 assert verdict.refused.shape == ()
 
@@ -495,12 +495,12 @@ def test_keys_of_cross_attention_are_padding_or_refused(case):
     queries, keys, told = CROSS[case]
     shown = [everything(3, LENGTH) if side is None else side for side in (queries, keys)]
     seen = rule.read(shown[0][:, None, :, None] & shown[1][:, None, None], 4)
-    verdict = rule.judge(seen, LENGTH, LENGTH, self_attention=False)
+    verdict = judging.judge(seen, LENGTH, LENGTH, self_attention=False)
     if verdict is None:
         assert case == "nothing closed"
     else:
         assert bool(verdict.refused) != told
-        given = rule.judge(seen, LENGTH, LENGTH, self_attention=False, padding=shown)
+        given = judging.judge(seen, LENGTH, LENGTH, self_attention=False, padding=shown)
         assert not given.refused
         for actual, expected in ((given.queries, shown[0]), (given.keys, shown[1])):
             assert torch.equal(actual.expand(3, -1), expected)
@@ -553,7 +553,7 @@ def check_rule(case):
     seen = rule.read(allowed, 4)
     same_as_pattern = bool((allowed == pattern).all())
     for padding, truth in (([], real), ([real], real)):
-        verdict = rule.judge(seen, length, length, self_attention=True, padding=padding)
+        verdict = judging.judge(seen, length, length, self_attention=True, padding=padding)
         if verdict is not None and verdict.refused:
             continue
         actual = everything(1, length) if verdict is None else verdict.keys

@@ -12,17 +12,17 @@ from __future__ import annotations
 from typing import Any
 
 from spanopt.declarations import Declaration, declare
+from spanopt.taps.softmax.changing import IN_PLACE, changing, forget
 from spanopt.taps.softmax.following import (
     cat,
     elementwise,
-    forget,
     get,
     getitem,
     permute,
     reshape,
     signs,
 )
-from spanopt.taps.softmax.masking import add, masked_fill, setitem, sub, where
+from spanopt.taps.softmax.masking import add, limit, masked_fill, setitem, sub, where
 from spanopt.taps.softmax.mixing import convolution, linear
 from spanopt.taps.softmax.products import bmm, einsum, matmul
 from spanopt.taps.softmax.switching import softmax
@@ -34,11 +34,15 @@ __all__ = ["HANDLERS"]
 _ELEMENTWISE = (
     "mul", "mul_", "multiply", "div", "div_", "divide", "true_divide", "neg", "negative",
     "__mul__", "__rmul__", "__imul__", "__truediv__", "__itruediv__", "__idiv__", "__rsub__",
-    "__neg__", "tanh", "tanh_", "clamp", "clamp_", "clip", "clamp_min", "clamp_max", "nan_to_num",
-    "max", "maximum", "min", "minimum", "dropout", "dropout_", "float", "half", "bfloat16",
+    "__neg__", "tanh", "tanh_", "nan_to_num", "dropout", "dropout_", "float", "half", "bfloat16",
     "double", "type", "contiguous", "clone", "abs", "abs_", "absolute", "__abs__", "relu", "relu_",
     "relu6", "leaky_relu", "elu", "gelu", "silu", "softplus", "sqrt", "square", "pow", "__pow__",
-    "log1p",
+    "log1p", "multiply_", "divide_", "true_divide_", "neg_", "negative_", "absolute_", "sqrt_",
+    "square_", "pow_", "__ipow__", "log1p_", "leaky_relu_", "elu_", "nan_to_num_",
+)
+_LIMITED = (
+    "clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "max",
+    "maximum", "min", "minimum",
 )
 _RESHAPED = (
     "view", "reshape", "expand", "unflatten", "flatten", "unsqueeze", "squeeze", "to", "type_as",
@@ -48,8 +52,8 @@ _RESHAPED = (
 
 # Arguments that may be given by name, in the order in which the functions take them.
 _NAMES = (
-    "condition", "tensors", "input", "weight", "other", "mat2", "batch1", "batch2", "dims", "dim0",
-    "dim1", "axis0", "axis1", "mask", "value",
+    "condition", "tensors", "input", "x", "weight", "other", "x2", "mat2", "batch1", "batch2",
+    "dims", "dim0", "dim1", "axis0", "axis1", "mask", "value",
 )
 # fmt: on
 
@@ -78,7 +82,9 @@ def _with_scores(handler: Handler) -> Handler:
 
 
 _BY_NAME: dict[str, Handler] = {
+    **dict.fromkeys(IN_PLACE, forget),
     **dict.fromkeys(_ELEMENTWISE, elementwise),
+    **dict.fromkeys(_LIMITED, limit),
     **dict.fromkeys(_RESHAPED, reshape),
     **dict.fromkeys(("sign", "sgn"), signs),
     "linear": linear,
@@ -88,14 +94,12 @@ _BY_NAME: dict[str, Handler] = {
     **dict.fromkeys(("mm", "bmm", "baddbmm"), bmm),
     "einsum": einsum,
     **dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), add),
-    **dict.fromkeys(("sub", "sub_", "subtract", "__sub__", "__isub__"), sub),
+    **dict.fromkeys(("sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"), sub),
     **dict.fromkeys(("masked_fill", "masked_fill_"), masked_fill),
     "where": where,
     "__setitem__": setitem,
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "permute"), permute),
     "__get__": get,
-    **dict.fromkeys(("transpose_", "swapaxes_", "swapdims_", "t_", "squeeze_"), forget),
-    **dict.fromkeys(("unsqueeze_", "resize_", "resize_as_", "copy_"), forget),
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
     "softmax": softmax,
 }
@@ -105,4 +109,6 @@ HANDLERS = {
     name: _by_position(handler) if handler in _SOURCES else _with_scores(_by_position(handler))
     for name, handler in _BY_NAME.items()
 }
+for _name in IN_PLACE:
+    HANDLERS[_name] = _with_scores(changing(_by_position(_BY_NAME[_name])))
 declare(Declaration("softmax", "in attention written out as a product and a softmax", HANDLERS))

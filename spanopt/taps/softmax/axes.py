@@ -40,21 +40,32 @@ def tail(axes: Axes) -> int:
     return -min(axis for group in axes for axis in group)
 
 
-def permuted(axes: Axes, order: Sequence[int]) -> Axes:
+def permuted(axes: Axes, order: Sequence[int]) -> Axes | None:
     """Return the axes after a permutation of all dimensions.
 
     Args:
         axes: The axes before.
         order: The old dimension at each new place, counted from the front.
 
+    Returns:
+        The axes; ``None`` where it is no longer known which dimension is the batch.
+
     Example:
         >>> permuted(PLAIN, [0, 2, 1])
         ((-1,), (-2,), ())
+        >>> permuted(PLAIN, [1, 0, 2, 3])
+        ((-2,), (-1,), (-4,))
     """
     ndim = len(order)
     left, right, heads = (
         tuple(order.index(axis + ndim) - ndim for axis in group) for group in axes
     )
+    tokens = [axis + ndim for axis in (*axes[0], *axes[1])]
+    rest = [i for i in order if i not in tokens and i - ndim not in axes[2]]
+    if rest != sorted(rest):
+        if len(rest) > 2 or heads:
+            return None
+        heads = (order.index(rest[0]) - ndim,)
     return left, right, heads
 
 

@@ -6,33 +6,58 @@ from typing import Any
 
 from torch import Tensor
 
+from spanopt.taps.masks import doubted
 from spanopt.taps.softmax.axes import permuted, reshaped, tail
-from spanopt.taps.softmax.scores import Scores, carry, scores_of, together
+from spanopt.taps.softmax.bounds import doubt_of, is_negated
+from spanopt.taps.softmax.scores import Scores, carry, lose, scores_of, together
 from spanopt.taps.tap import Tap
 
-__all__ = ["cat", "elementwise", "forget", "get", "getitem", "permute", "reshape", "signs"]
+__all__ = ["cat", "elementwise", "get", "getitem", "permute", "reshape", "signs"]
+
+_SUMS = (
+    *("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "subtract", "subtract_"),
+    *("__sub__", "__isub__", "__rsub__"),
+)
 
 
 def elementwise(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Follow a function that computes each entry from the same entry of its arguments."""
+    known = [scores_of(tap, x) for x in args]  # before the function may change one of them
     result = func(*args, **kwargs)
-    found = [scores for scores in (scores_of(tap, x) for x in args) if scores is not None]
-    found = [scores for scores in found if not scores.signs] or found
-    if not found or not _keeps_axes(tap, result, args, found[0]):
+    found = [scores for scores in known if scores is not None]
+    if not found:
         return result
-    scores = found[0]
-    for other in found[1:]:
-        scores = together(scores, other)
+    name = func.__name__
+    scores = _combined(name, args, kwargs, known)
+    if scores is None or not _keeps_axes(result, args, known, scores):
+        if isinstance(result, Tensor) and result is args[0]:
+            lose(tap, result, name)
+        return result
     return carry(tap, result, scores)
 
 
-def _keeps_axes(tap: Tap, result: Any, args: Any, scores: Scores) -> bool:
+def _combined(name: str, args: Any, kwargs: Any, known: list[Scores | None]) -> Scores | None:
+    """Return what is known of an elementwise function's result; ``None`` if nothing is."""
+    found = [scores for scores in known if scores is not None]
+    found = [scores for scores in found if not scores.signs] or found
+    if is_negated(name, args, kwargs, known):
+        return None
+    scores: Scores | None = found[0]
+    for other in found[1:]:
+        scores = None if scores is None else together(scores, other)
+    if scores is None or not scores.closes():
+        return scores
+    doubt = len(found) > 1 and name not in _SUMS
+    return scores.but(read=doubted(scores.read, doubt or doubt_of(name, args, kwargs, known)))
+
+
+def _keeps_axes(result: Any, args: Any, known: list[Scores | None], scores: Scores) -> bool:
     """Return whether the dimensions that hold the axes of the scores have kept their sizes."""
     if not isinstance(result, Tensor):
         return False
-    x = next(x for x in args if scores_of(tap, x) is scores)
     count = tail(scores.axes)
-    return result.ndim >= count and result.shape[-count:] == x.shape[-count:]
+    sizes = [x.shape[-count:] for x, its in zip(args, known, strict=True) if its is not None]
+    return result.ndim >= count and result.shape[-count:] in sizes
 
 
 def signs(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -41,8 +66,7 @@ def signs(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     scores = scores_of(tap, args[0])
     if scores is None:
         return result
-    signs = Scores(scores.products, scores.axes, scores.read, scores.widened, signs=True)
-    return carry(tap, result, signs)
+    return carry(tap, result, scores.but(signs=True, read=doubted(scores.read, True)))
 
 
 def reshape(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +107,8 @@ def permute(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         order[-1], order[-2] = ndim - 2, ndim - 1
     else:
         return result
-    return carry(tap, result, scores.at(permuted(scores.axes, order)))
+    axes = permuted(scores.axes, order)
+    return result if axes is None else carry(tap, result, scores.at(axes))
 
 
 def get(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,21 +119,21 @@ def get(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def cat(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Follow scores to which those of further keys are joined, such as an attention sink."""
+    """Follow scores to which those of further keys or queries are joined, as an attention sink."""
     result = func(*args, **kwargs)
-    tensors = args[0] if isinstance(args[0], (list, tuple)) else ()
-    found = [scores for scores in (scores_of(tap, x) for x in tensors) if scores is not None]
-    if len(found) == 1:  # an attention sink is a further key
-        scores = found[0]
-        widened = scores.widened or scores_of(tap, tensors[0]) is None
-        carry(tap, result, Scores(scores.products, scores.axes, scores.read, widened))
-    return result
-
-
-def forget(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stop following scores that are reshaped, reordered or overwritten in place."""
-    result = func(*args, **kwargs)
-    call = tap.current_call()
-    if call is not None and scores_of(tap, args[0]) is not None:
-        call.scores[args[0]] = None
-    return result
+    tensors, *rest = args
+    dim = rest[0] if rest else kwargs.get("dim", kwargs.get("axis", 0))
+    tensors = tensors if isinstance(tensors, (list, tuple)) else ()
+    known = [scores_of(tap, x) for x in tensors]
+    found = [(i, scores) for i, scores in enumerate(known) if scores is not None]
+    if len(found) != 1 or not isinstance(dim, int):
+        return result
+    ((place, scores),) = found
+    axis = dim - result.ndim if dim >= 0 else dim
+    before = sum([x.shape[axis] for x in tensors[:place] if x.ndim == result.ndim])
+    left, right = scores.start
+    if scores.axes[0] == (axis,):
+        return carry(tap, result, scores.but(start=(left + before, right)))
+    if scores.axes[1] == (axis,) or not scores.products:
+        return carry(tap, result, scores.but(start=(left, right + before)))
+    return result  # what is joined along another dimension has masks of its own

@@ -7,35 +7,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spanopt.taps.masks import allowed, allowed_by_fill, both, read
+from spanopt.taps.masks import allowed, allowed_by_fill, both, chosen, doubted, is_open, read
 from spanopt.taps.softmax.axes import in_order
+from spanopt.taps.softmax.bounds import upper_bound
 from spanopt.taps.softmax.following import elementwise
-from spanopt.taps.softmax.scores import Scores, carry, scores_of
+from spanopt.taps.softmax.scores import Scores, carry, lose, scores_of
 from spanopt.taps.tap import Tap
 
-__all__ = ["add", "masked_fill", "note_mask", "setitem", "sub", "where"]
+__all__ = ["add", "limit", "masked_fill", "note_mask", "setitem", "sub", "where"]
 
 
 def add(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Follow a sum of scores with a bias or a mask."""
+    known = [scores_of(tap, x) for x in args[:2]]
+    masks = [x for x, its in zip(args[:2], known, strict=True) if isinstance(x, Tensor) and not its]
+    if not any(known) or not masks:
+        return elementwise(tap, func, *args, **kwargs)
+    alpha = kwargs.get("alpha", 1) if known[0] else 1
+    open_ = allowed(masks[0].detach() * alpha)  # before the mask may be changed in place
     result = elementwise(tap, func, *args, **kwargs)
-    scores = scores_of(tap, result)
-    masks = [x for x in args[:2] if isinstance(x, Tensor) and scores_of(tap, x) is None]
-    if scores is not None and masks and masks[0].dtype != torch.bool:
-        mask = masks[0].detach() * kwargs.get("alpha", 1)
-        note_mask(tap, result, allowed(mask), masks[0])
+    note_mask(tap, result, open_, masks[0])
     return result
 
 
 def sub(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Follow a difference of scores and a mask."""
+    known = [scores_of(tap, x) for x in args[:2]]
+    if not any(known) or all(known) or not all(isinstance(x, Tensor) for x in args[:2]):
+        return elementwise(tap, func, *args, **kwargs)
+    x = args[0] if known[1] else args[1]
+    factor = 1 if known[1] else -kwargs.get("alpha", 1)
+    open_ = allowed(x.detach() * factor)
     result = elementwise(tap, func, *args, **kwargs)
-    scores = scores_of(tap, result)
-    if scores is None or len(args) < 2 or not isinstance(args[1], Tensor):
-        return result
-    if scores_of(tap, args[1]) is None and args[1].ndim and args[1].shape[-1] > 1:
-        mask = -args[1].detach() * kwargs.get("alpha", 1)  # not the maximum of each row
-        note_mask(tap, result, allowed(mask), args[1])
+    note_mask(tap, result, open_, x)
+    return result
+
+
+def limit(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Follow scores that are limited: an upper limit may be a mask."""
+    known = [scores_of(tap, x) for x in args]
+    bound = upper_bound(func.__name__, args, kwargs, known) if any(known) else None
+    result = elementwise(tap, func, *args, **kwargs)
+    if bound is not None:
+        note_mask(tap, result, allowed(bound), bound)
     return result
 
 
@@ -44,7 +58,7 @@ def masked_fill(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     result = elementwise(tap, func, *args, **kwargs)
     if scores_of(tap, result) is not None:
         _, where, value = args
-        note_mask(tap, result, allowed_by_fill(where.bool(), value), where)
+        _note_fill(tap, result, where.bool(), value, where)
     return result
 
 
@@ -57,29 +71,78 @@ def where(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         where = ~condition.bool()
         if scores_of(tap, x) is None:
             where, y = ~where, x
-        note_mask(tap, result, allowed_by_fill(where, y), condition)
+        _note_fill(tap, result, where, y, condition)
     return result
 
 
 def setitem(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Follow an assignment to those scores that a boolean index selects."""
-    func(*args, **kwargs)
+    """Follow an assignment to those scores that an index selects."""
     x, index, value = args
     scores = scores_of(tap, x)
+    func(*args, **kwargs)
+    if scores is None:
+        return
+    if isinstance(value, Tensor) and value.ndim and tap.streams().is_of_scores(value):
+        lose(tap, x, "an assignment")
+        return
+    carry(tap, x, scores)
     by_mask = isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim == x.ndim
-    if scores is not None and by_mask and not (isinstance(value, Tensor) and value.ndim):
-        note_mask(tap, x, allowed_by_fill(index, value), index)
+    if by_mask and not (isinstance(value, Tensor) and value.ndim):
+        _note_fill(tap, x, index, value, index)
+        return
+    where = torch.zeros(x.shape, dtype=torch.bool, device=x.device)
+    where[index] = True
+    parts = index if isinstance(index, tuple) else (index,)
+    sources = [part for part in parts if isinstance(part, Tensor)]
+    if isinstance(value, Tensor):
+        values = torch.zeros(x.shape, dtype=value.dtype, device=x.device)
+        values[index] = value.detach()
+        value = values
+    _note_fill(tap, x, where, value, *sources)
 
 
-def note_mask(tap: Tap, x: Tensor, allowed: Tensor, source: Tensor) -> None:
-    """Note that the scores x are masked; ``allowed`` was computed from the mask ``source``."""
+def _note_fill(tap: Tap, x: Tensor, where: Tensor, value: Any, *sources: Tensor) -> None:
+    """Note that the scores x were overwritten by a value where a mask is true."""
     scores = scores_of(tap, x)
-    if scores is None or scores.widened or tap.streams().is_of_scores(source):
+    if scores is not None and scores.closes():
+        # A fill of whole rows opens no single key: it gives closed queries a softmax.
+        of_keys = in_order(where, scores.axes, x.shape).shape[-1] > 1
+        if of_keys and isinstance(value, Tensor):
+            carry(tap, x, scores.but(read=doubted(scores.read, (where & allowed(value)).any())))
+        elif of_keys and is_open(value):
+            carry(tap, x, scores.but(read=doubted(scores.read, where.any())))
+    note_mask(tap, x, allowed_by_fill(where, value), *sources)
+
+
+def note_mask(tap: Tap, x: Tensor, allowed: Tensor, *sources: Tensor) -> None:
+    """Note that the scores x are masked; ``allowed`` was computed from the ``sources``."""
+    scores = scores_of(tap, x)
+    if scores is None:
         return
+    scores = scores.but(masked=True)
     products = scores.products  # torch 2.6 cannot trace a slice of this tuple
-    if not any([one.left.switches or one.right.switches for one in products]):  # noqa: C419
-        return
+    if any([one.left.switches or one.right.switches for one in products]):  # noqa: C419
+        of_scores = any([tap.streams().is_of_scores(source) for source in sources])  # noqa: C419
+        # Scores choose keys, and that alone tells nothing of padding.
+        if not of_scores or tap.verdicts.has_padding():
+            told = _read(x, allowed, scores)
+            told = chosen(told) if of_scores else told
+            scores = scores.but(read=both(scores.read, told))
+    carry(tap, x, scores)
+
+
+def _read(x: Tensor, allowed: Tensor, scores: Scores) -> tuple[Any, ...]:
+    """Return what a mask on the scores x shows of their product, without what was joined to it."""
     allowed = in_order(allowed, scores.axes, x.shape)
-    left, right = products[0].left.x.shape[-2], products[0].right.x.shape[-2]
-    told = read(allowed[..., :left, :right], allowed.ndim)  # without keys that were appended
-    carry(tap, x, Scores(scores.products, scores.axes, both(scores.read, told)))
+    product = scores.products[0]
+    batch = product.left.x.shape[:-2]
+    if allowed.ndim > max(len(batch) + 2, 3):  # a dimension was added, or the batch was split
+        sizes = in_order(x.detach(), scores.axes, x.shape).shape[:-2]
+        if sizes.numel() == batch.numel():
+            allowed = allowed.expand(*sizes, -1, -1).reshape(*batch, *allowed.shape[-2:])
+        while allowed.ndim > max(len(batch) + 2, 3):
+            allowed = allowed.any(0)
+    for dim, operand, start in zip((-2, -1), product[:2], scores.start, strict=True):
+        if allowed.ndim >= -dim and allowed.shape[dim] > 1:
+            allowed = allowed.narrow(dim, start, operand.x.shape[-2])
+    return read(allowed, allowed.ndim)

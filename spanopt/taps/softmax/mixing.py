@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from spanopt.taps.masks import doubted
 from spanopt.taps.softmax.axes import tail
 from spanopt.taps.softmax.scores import Scores, carry, scores_of
 from spanopt.taps.tap import Tap
@@ -31,7 +32,7 @@ def mixed_by_einsum(
     if groups[2]:
         groups[2] = [c for c in out if c in groups[2] or (c in other and c not in own)]
     of_left, of_right, heads = (tuple(out.index(c) - len(out) for c in group) for group in groups)
-    return scores.at((of_left, of_right, heads))
+    return _mixed(scores).at((of_left, of_right, heads))
 
 
 def mixed_by_product(tap: Tap, left: Any, right: Any) -> Scores | None:
@@ -43,7 +44,7 @@ def mixed_by_product(tap: Tap, left: Any, right: Any) -> Scores | None:
         if scores is None or not scores.products:
             continue
         if contracted not in (*scores.axes[0], *scores.axes[1]):
-            return scores
+            return _mixed(scores)
     return None
 
 
@@ -52,7 +53,7 @@ def linear(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     result = func(*args, **kwargs)
     scores = scores_of(tap, args[0])
     if scores is not None and -1 not in (*scores.axes[0], *scores.axes[1]):
-        return carry(tap, result, scores)
+        return carry(tap, result, _mixed(scores))
     return result
 
 
@@ -63,5 +64,10 @@ def convolution(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     space = weight.ndim - 2
     of_each_entry = weight.shape[2:].numel() == 1 and result.shape[-space:] == x.shape[-space:]
     if scores is not None and of_each_entry and tail(scores.axes) <= space:
-        return carry(tap, result, scores)
+        return carry(tap, result, _mixed(scores))
     return result
+
+
+def _mixed(scores: Scores) -> Scores:
+    """Return what is known after mixing: what a mask closes in one head, another may open."""
+    return scores.but(read=doubted(scores.read, True))

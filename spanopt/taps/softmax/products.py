@@ -23,6 +23,7 @@ from spanopt.taps.softmax.scores import (
     carry,
     carry_product,
     scores_of,
+    together,
 )
 from spanopt.taps.tap import Tap
 
@@ -62,11 +63,16 @@ def bmm(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         return func(*args, **kwargs)
     *bias, left, right = args
     product = _product(tap, place, left, right, left, right.mT)
+    of_bias = scores_of(tap, bias[0]) if bias else None
     result = func(*bias, product.left.node, product.right.node.mT, **kwargs)
+    beta = kwargs.get("beta", 1)
     scores = Scores((product,))
+    if bias and beta != 0 and of_bias is not None:  # a sum of two products
+        of_both = None if of_bias.masked and beta < 0 else together(of_bias, scores)
+        return result if of_both is None else carry_product(tap, result, of_both)
     carry_product(tap, result, scores)
-    if bias and kwargs.get("beta", 1) != 0:
-        note_mask(tap, result, allowed(bias[0]), bias[0])
+    if bias and beta != 0:
+        note_mask(tap, result, allowed(bias[0].detach() * beta), bias[0])
     return result
 
 

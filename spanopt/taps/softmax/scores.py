@@ -18,6 +18,8 @@ __all__ = [
     "Scores",
     "carry",
     "carry_product",
+    "lose",
+    "noted_scores",
     "scores_of",
     "together",
 ]
@@ -47,8 +49,10 @@ class Product(NamedTuple):
         right: The second.
         self_attention: Whether both were computed from the same input of the layer.
         swapped: Empty until a softmax tells the sides; then one entry, whether the left operand
-            is the keys.
+            is the keys. It is shared with the same product turned, where the entry means the
+            opposite.
         of_inputs: Whether both were computed from inputs of the layer.
+        turned: Whether the operands have changed places since the product was made.
     """
 
     left: Operand
@@ -56,6 +60,12 @@ class Product(NamedTuple):
     self_attention: bool
     swapped: list[bool]
     of_inputs: bool
+    turned: bool = False
+
+    def turn(self) -> Product:
+        """Return the same product, keys by queries in place of queries by keys or the reverse."""
+        left, right, same, swapped, of_inputs, turned = self
+        return Product(right, left, same, swapped, of_inputs, not turned)
 
 
 class Scores:
@@ -65,8 +75,9 @@ class Scores:
         products: The products that add up to the scores; empty after the softmax.
         axes: The dimensions of the tokens of the left and of the right operand.
         read: What the masks so far show, with the left operand's tokens as rows.
-        widened: Whether further keys were put before the others. Later masks then do not fit.
+        start: How many further rows and columns were put before those of the product.
         signs: Whether these are only the signs of scores, which no gradient goes through.
+        masked: Whether a mask or a bias was added or filled in.
     """
 
     def __init__(
@@ -74,18 +85,43 @@ class Scores:
         products: tuple[Product, ...] = (),
         axes: Axes = PLAIN,
         read: Read = (),
-        widened: bool = False,
+        start: tuple[int, int] = (0, 0),
         signs: bool = False,
+        masked: bool = False,
     ) -> None:
         self.products = products
         self.axes = axes
         self.read = read
-        self.widened = widened
+        self.start = start
         self.signs = signs
+        self.masked = masked
+
+    def but(
+        self,
+        *,
+        axes: Axes | None = None,
+        read: Read | None = None,
+        start: tuple[int, int] | None = None,
+        signs: bool | None = None,
+        masked: bool | None = None,
+    ) -> Scores:
+        """Return the same knowledge, but for what is given."""
+        return Scores(
+            self.products,
+            self.axes if axes is None else axes,
+            self.read if read is None else read,
+            self.start if start is None else start,
+            self.signs if signs is None else signs,
+            self.masked if masked is None else masked,
+        )
 
     def at(self, axes: Axes) -> Scores:
         """Return the same knowledge with other axes, for scores that were reshaped or permuted."""
-        return Scores(self.products, axes, self.read, self.widened, self.signs)
+        return self.but(axes=axes)
+
+    def closes(self) -> bool:
+        """Return whether a mask so far may close a token to all others, as padding is closed."""
+        return any([not shown.chosen for shown in self.read])  # noqa: C419
 
 
 WEIGHTS = Scores()
@@ -95,24 +131,43 @@ WEIGHTS = Scores()
 def scores_of(tap: Tap, x: Any) -> Scores | None:
     """Return what is known of a tensor that is scores or weights; ``None`` for other tensors."""
     call = tap.current_call()
-    scores = None if call is None else call.scores.of(x)
-    if scores is not None or call is None or torch.compiler.is_compiling():
-        return scores
-    if not isinstance(x, Tensor) or x.grad_fn is None or call.streams.knows(x):
+    if call is None:
+        return None
+    noted = call.scores.of(x)
+    if noted is not None:
+        scores, version = noted
+        if version is None or version == x._version:
+            return scores
+        lose(tap, x, "a change of it in place")  # of a view, or of what it is a view of
+        return None
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return None
+    if x.grad_fn is None or call.streams.knows(x):
         return None
     # A function that no mode sees made this tensor, such as one of torch.jit.script.
     scores = call.trail.through_elementwise(x, tap.site.module)
-    if scores is not None:
-        carry_product(tap, x, scores)
+    if scores is None or scores.masked:  # the function may have opened what a mask closes
+        return None
+    carry_product(tap, x, scores)
     return scores
+
+
+def noted_scores(tap: Tap) -> list[tuple[Tensor, Scores]]:
+    """Return the tensors of the current call that are scores, with what is known of each."""
+    call = tap.current_call()
+    if call is None:
+        return []
+    return [(x, note[0]) for x, note in call.scores.items() if note is not None]
 
 
 def carry(tap: Tap, result: Any, scores: Scores) -> Any:
     """Note that a result is scores, and return it."""
     call = tap.current_call()
     if call is not None and isinstance(result, Tensor):
-        call.scores[result] = scores
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            call.scores[result] = scores, None
+        else:
+            call.scores[result] = scores, None if result.is_inference() else result._version
             call.trail.note(result, scores)
     return result
 
@@ -123,18 +178,30 @@ def carry_product(tap: Tap, result: Any, scores: Scores) -> Any:
     return carry(tap, result, scores)
 
 
-def together(a: Scores, b: Scores) -> Scores:
-    """Return what is known of the sum of two score matrices."""
-    if a is b:
+def lose(tap: Tap, x: Tensor, operation: str) -> None:
+    """Stop following scores, and remember the operation for the error."""
+    call = tap.current_call()
+    if call is not None:
+        call.scores[x] = None
+        if not torch.compiler.is_compiling():
+            call.trail.note_lost(x, operation)
+
+
+def together(a: Scores, b: Scores) -> Scores | None:
+    """Return what is known of the sum of two score matrices; ``None`` if their axes differ."""
+    if a is b or not b.products:
         return a
+    if not a.products:
+        return b
     if a.axes == turned(b.axes):  # one of the products is keys by queries
-        swapped = tuple(
-            Product(product.right, product.left, product.self_attention, [], product.of_inputs)
-            for product in b.products
-        )
-        b = Scores(swapped, a.axes, transposed(b.read), b.widened)
-    if a.axes != b.axes:
-        return a
+        if any([one is other for one in a.products for other in b.products]):  # noqa: C419
+            return None  # each operand is both the queries and the keys
+        swapped = tuple(one.turn() for one in b.products)
+        start = b.start[1], b.start[0]
+        b = Scores(swapped, a.axes, transposed(b.read), start, b.signs, b.masked)
+    if a.axes != b.axes or a.start != b.start:
+        return None
     new = [one for one in b.products if not any(one is product for product in a.products)]
     products = (*a.products, *new)
-    return Scores(products, a.axes, both(a.read, b.read), a.widened or b.widened)
+    signs, masked = a.signs and b.signs, a.masked or b.masked
+    return Scores(products, a.axes, both(a.read, b.read), a.start, signs, masked)

@@ -38,7 +38,7 @@ def softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     for product in scores.products:
         # If softmaxes are taken over both axes, the first one tells which side is the keys.
         if not product.swapped:
-            product.swapped.append(sides[0] is scores.axes[0])
+            product.swapped.append((sides[0] is scores.axes[0]) != product.turned)
         x, real = _switch_on(tap, x, product, scores.read)
     unfocused = x
     if tap.focus is not None:
@@ -71,7 +71,7 @@ def _note_where_lost(tap: Tap, x: Tensor) -> None:
 def _switch_on(tap: Tap, x: Tensor, product: Product, read: Read) -> tuple[Tensor, Tensor | None]:
     """Turn on the nodes of a product; return its scores and the mask of the real queries."""
     query, key = product.left, product.right
-    (swapped,) = product.swapped
+    swapped = product.swapped[0] != product.turned
     if swapped:
         query, key = key, query
         read = transposed(read)
