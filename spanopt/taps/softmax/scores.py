@@ -188,7 +188,10 @@ def lose(tap: Tap, x: Tensor, operation: str) -> None:
 
 
 def together(a: Scores, b: Scores) -> Scores | None:
-    """Return what is known of the sum of two score matrices; ``None`` if their axes differ."""
+    """Return what is known of the sum of two score matrices; ``None`` if their axes differ.
+
+    A product of an input and something else, such as relative positions, is left alone then.
+    """
     if a is b or not b.products:
         return a
     if not a.products:
@@ -200,7 +203,8 @@ def together(a: Scores, b: Scores) -> Scores | None:
         start = b.start[1], b.start[0]
         b = Scores(swapped, a.axes, transposed(b.read), start, b.signs, b.masked)
     if a.axes != b.axes or a.start != b.start:
-        return None
+        of_inputs = [one for one in (a, b) if any([x.of_inputs for x in one.products])]  # noqa: C419
+        return of_inputs[0] if len(of_inputs) == 1 else None
     new = [one for one in b.products if not any(one is product for product in a.products)]
     products = (*a.products, *new)
     signs, masked = a.signs and b.signs, a.masked or b.masked
