@@ -93,8 +93,10 @@ class LayerMode(TorchFunctionMode):
         self._repeats.forget()
 
     def leave(self) -> None:
-        """Stop watching: take the tap off the stack of function modes, wherever it lies there."""
-        self.forget_call()
+        """Stop watching: take the tap off the stack of function modes, wherever it lies there.
+
+        What is known of the call is kept until :meth:`forget_call`.
+        """
         if torch.compiler.is_compiling():
             _pop_mode()
         else:
@@ -132,6 +134,13 @@ class LayerMode(TorchFunctionMode):
         call = self.current_call()
         if thread.busy or call is None or call.is_over():
             return func(*args, **kwargs)
+        # Such a handler would do nothing. In eager code even its call takes time.
+        if (
+            not torch.compiler.is_dynamo_compiling()
+            and getattr(handler, "follows_scores", False)
+            and call.scores.is_empty()
+        ):
+            handler = None
         thread.busy = True
         try:
             result = handler(self, func, *args, **kwargs) if handler else func(*args, **kwargs)

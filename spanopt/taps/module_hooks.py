@@ -57,14 +57,19 @@ class Leave(Hook):
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
         """Leave the tap, also after an exception."""
-        if torch.is_grad_enabled():
-            self.tap.account.note_result(self.tap.current_call(), result, self.tap.is_idle())
+        tap = self.tap
+        call = tap.current_call()
         # In eager code the tap is left in any case. The grad mode may have changed, and the tap may
         # not have been entered, since another pre-hook may have raised an exception before ours.
-        focused = self.tap.focus is not None and self.tap.current_call() is not None
+        focused = tap.focus is not None and call is not None
         watched = torch.is_grad_enabled() or thread.probing or focused
-        if watched or not torch.compiler.is_compiling():
-            self.tap.leave()
+        left = watched or not torch.compiler.is_compiling()
+        if left:
+            tap.leave()  # first, as the tap would see each attribute of a tensor that is read
+        if torch.is_grad_enabled():
+            tap.account.note_result(call, result, tap.is_idle())
+        if left:
+            tap.forget_call()
 
 
 class Projected(Hook):

@@ -7,6 +7,7 @@ This also tells a mask from a tensor that was computed from the scores, and a ke
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -135,6 +136,13 @@ class Streams:
         if not bits:
             self._follow_parameters(name, result, _tensors_in(given))
             return
+        if type(result) is Tensor and not torch.compiler.is_dynamo_compiling():
+            # This is written out for speed: most calls end here.
+            noted, key = self._notes.noted, id(result)
+            known = noted.get(key)
+            if known is None or known[0]() is not result:
+                noted[key] = weakref.ref(result), bits
+                return
         # A call without a result is an assignment to a part of the first argument.
         for x in _tensors_in(args[:1] if result is None else result):
             if self._input_bit(x) == 0:

@@ -78,6 +78,7 @@ def _with_scores(handler: Handler) -> Handler:
             return func(*args, **kwargs)
         return handler(tap, func, *args, **kwargs)
 
+    handle.follows_scores = True  # type: ignore[attr-defined]
     return handle
 
 
