@@ -78,10 +78,10 @@ def projected(
     trace = add_shift(gram, max(_SHIFT, ridge))
     inverse, failed = inverse_factor(gram)
     whitened = _times(q, inverse).to(q.dtype)
-    ridged = (inverse * (ridge * trace)[..., None]).mT
+    ridged = (inverse * (ridge * trace).unsqueeze(-1)).mT
     second = torch.baddbmm(gram_of(whitened), ridged, inverse)
     inverse, failed_again = inverse_factor(second)
-    missing = (failed + failed_again > 0)[:, None, None]
+    missing = (failed + failed_again > 0).view(-1, 1, 1)
     weight = torch.where(missing, torch.nan, 1.0 if factor is None else factor)
     parts = whitened.split([len(x) for x in views])
     inner = torch.cat([product(a.mT, x) for a, x in zip(parts, views, strict=True)])
@@ -91,7 +91,7 @@ def projected(
 def matrices(x: Tensor, mask: Tensor | None) -> Tensor:
     """Return x as (matrices, N, d), with zeros at masked tokens. It may be a view of x."""
     if mask is not None:
-        x = x.masked_fill(~mask[..., None], 0)
+        x = x.masked_fill(mask.logical_not().unsqueeze(-1), 0)
     return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
 
 

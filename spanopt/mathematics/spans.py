@@ -120,7 +120,7 @@ def span_of(
     else:
         gram = gram_of(whitened)
         gram = gram if total is None else total(gram)
-        gram = torch.baddbmm(gram, (inverse * trace[..., None]).mT, inverse, alpha=ridge)
+        gram = torch.baddbmm(gram, (inverse * trace.unsqueeze(-1)).mT, inverse, alpha=ridge)
     return Span(whitened, gram, identity, failed, ridge == shift, basis.shape[:-2])
 
 
@@ -160,7 +160,7 @@ def matrices(x: Tensor, mask: Tensor | None, dtype: torch.dtype, *, copy: bool =
         return x.reshape(shape)
     x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if mask is not None:
-        _clear(x, ~mask[..., None])
+        _clear(x, ~mask.unsqueeze(-1))
     return x.view(shape)
 
 
