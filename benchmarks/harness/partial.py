@@ -115,20 +115,23 @@ def cell(e: Experiment, arm: str, store: Results, fewest: int = 3) -> str:
 
 
 def missing(experiments: Sequence[Experiment], store: Results) -> str:
-    """Return a Markdown list of what has not been run, or that all of it has."""
-    lines = []
+    """Return a Markdown list of what has not been run; nothing if all of it has."""
+    lines, untouched = [], []
     for e in experiments:
         left = {arm: len(e.seeds_of(arm)) - len(losses(e, arm, store)) for arm in e.arms}
         total = sum(left.values())
         if total == sum(len(e.seeds_of(arm)) for arm in e.arms):
-            lines.append(f"- {e.name}: nothing has been compared ({e.size()} runs or so).")
+            untouched.append(f"{e.name} ({e.size()})")
         elif total:
-            counts = sorted(set(left.values()) - {0}, reverse=True)
-            by_count = {n: [arm for arm in left if left[arm] == n] for n in counts}
-            names = {n: ", ".join(f"`{arm}`" for arm in by_count[n]) for n in counts}
-            each = "; ".join(f"{n} runs each of {names[n]}" for n in counts)
-            lines.append(f"- {e.name}: {total} of {e.size()} runs: {each}.")
-    return "\n".join(lines) or "All of it has been run."
+            arms = [arm for arm in left if left[arm] == len(e.seeds_of(arm))]
+            names = ", ".join(f"`{arm}`" for arm in arms)
+            none = f"; no run of {names}" if arms else ""
+            lines.append(f"- {e.name}: {total} of {e.size()} runs are left{none}.")
+    if untouched:
+        lines.append(
+            f"- Not one arm has been compared in {', '.join(untouched)}. In brackets: runs."
+        )
+    return "\n".join(lines)
 
 
 def drawn_by_rate(

@@ -40,7 +40,7 @@ def test_it_runs_and_goes_on_where_it_was(tmp_path, capsys):
 
 def test_what_does_not_fit_into_the_time_is_not_begun(tmp_path, capsys):
     assert gpu_study.main([*TINY, "--minutes", "0", "--out", str(tmp_path)]) == 0
-    assert "nothing has been compared" in capsys.readouterr().out
+    assert "Not one arm has been compared" in capsys.readouterr().out
     assert not (tmp_path / "gpu-0.001.jsonl").exists()
 
 

@@ -277,7 +277,10 @@ def test_a_comparison_that_is_not_complete_is_reported_as_far_as_it_is():
     assert elsewhere[2].startswith("| tiny | -0.76 % (-0.79 to -0.74), 3 seeds | ")
     best_first = [line.split(" | ")[0] for line in report.page("[[arms tiny]]").splitlines()[2:]]
     assert (best_first[0], best_first[-1], len(best_first)) == ("| x 1.2", "| x 1.05", 4)
-    assert "15 of 30 runs: 3 runs each of `plain`, `(2, 1)`, `x 1.05`, `x 1.1`, `x 1.2`." in page
+    assert "- tiny: 15 of 30 runs are left." in page
+    begun = replace(e, arms=e.arms | {"more": replace(TINY, parallel=7.0)})
+    left = Report({"rates": [begun]}, report.store).page("[[missing rates]]")
+    assert left == "- tiny: 21 of 36 runs are left; no run of `more`."
     assert page.splitlines()[-1] == "-0.76 % (-0.79 to -0.74)"
     figure = drawn_by_rate([e], ["(2, 1)", "x 1.1", "none"], report.store)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -289,7 +292,8 @@ def test_a_comparison_that_is_not_complete_is_reported_as_far_as_it_is():
 def test_what_has_not_been_run_at_all_is_named():
     e, _ = fixed_rates()
     report = Report({"rates": [e]}, Losses(lambda trial: 1.0))
-    assert "- tiny: nothing has been compared (30 runs or so)." in report.page("[[missing rates]]")
+    left = report.page("[[missing rates]]")
+    assert left == "- Not one arm has been compared in tiny (30). In brackets: runs."
     with pytest.raises(ValueError, match="has not been run"):
         report.page("[[so-far tiny | (2, 1)]]")
 
@@ -618,7 +622,7 @@ def test_a_trial_may_name_another_text(tmp_path):
 
 def test_what_remains_is_run_in_an_order_that_misses_nothing():
     whole, parts = Losses(lambda trial: 1.0), Losses(lambda trial: 1.0)
-    for group in ("rates", "long-rates", "low-rate", "low-rate-elsewhere", "search"):
+    for group in study.LATER:
         for e in study.GROUPS[group]:
             whole.run(e)
     for e in study.to_run(["remaining"]):
