@@ -9,7 +9,8 @@ from torch import Tensor
 
 from spanopt.node import switch_on
 from spanopt.taps.masks import Read, transposed
-from spanopt.taps.softmax.scores import WEIGHTS, Product, carry, scores_of
+from spanopt.taps.softmax.axes import in_order
+from spanopt.taps.softmax.scores import WEIGHTS, Product, Scores, carry, scores_of
 from spanopt.taps.tap import Tap
 from spanopt.taps.telling import Watched, watch_node
 
@@ -50,9 +51,17 @@ def softmax(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     watcher = tap.watching()
     if watcher is not None:
         of_all = weights if x is unfocused else func(unfocused.detach(), *rest, **kwargs)
-        by_query = of_all.detach() if axis == -1 else of_all.detach().transpose(axis, -1)
+        by_query = _by_query(of_all.detach(), scores, sides[0] is scores.axes[0])
         watcher.weights(tap.site.name, by_query, real)
     return carry(tap, weights, WEIGHTS)
+
+
+def _by_query(weights: Tensor, scores: Scores, keys_are_left: bool) -> Tensor:
+    """Return weights as (B, ..., N, M), without queries that were joined to the product's."""
+    weights = in_order(weights, scores.axes, weights.shape)
+    weights = weights.mT if keys_are_left else weights
+    query = scores.products[0][1 if keys_are_left else 0]
+    return weights.narrow(-2, scores.start[1 if keys_are_left else 0], query.x.shape[-2])
 
 
 def _has_multiplied(tap: Tap) -> bool:

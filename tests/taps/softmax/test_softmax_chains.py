@@ -14,8 +14,9 @@ from oracle import rescaled
 from torch import nn
 from torch._dynamo.exc import Unsupported
 from torch.nn import functional as F
+from torch.optim import SGD
 
-from spanopt import UnscaledLayerError, attach
+from spanopt import SpanMonitor, SpanScaledOptimizer, UnscaledLayerError, attach
 from taps.softmax.softmax_forms import (
     PADDED_KEYS,
     SCALE,
@@ -344,3 +345,38 @@ def test_of_keys_that_scores_choose_the_models_mask_tells_which_are_padding():
     hook = padded_oracle(True, real[:, None].numpy())
     check(Chosen().double(), *both_inputs(), attention_mask=real, hook=hook)
     check(Chosen().double(), *both_inputs(), attention_mask=torch.ones_like(real))
+
+
+class Layered(nn.Module):
+    def __init__(self, weigh):
+        super().__init__()
+        self.attn = ByHand(weigh)
+
+    def forward(self, x, context):
+        return self.attn(x, context)
+
+
+def entropies(weigh):
+    torch.manual_seed(0)
+    model = Layered(weigh).double()
+    optimizer = SpanScaledOptimizer(SGD(model.parameters(), lr=0.0), model, SCALE)
+    with SpanMonitor(optimizer) as monitor:
+        model(*both_inputs()).sum().backward()
+        optimizer.step()
+    assert all(row["problem"] is None for row in monitor.rows)
+    return [row["entropy"] for row in monitor.rows if row["side"] == "query"]
+
+
+@pytest.mark.parametrize("layout", ["heads first", "keys first", "queries before"])
+def test_the_monitor_measures_the_weights_of_the_product_in_every_layout(layout):
+    def weigh(q, k):
+        x = scores(q, k)
+        if layout == "heads first":
+            return x.transpose(0, 1).softmax(-1).transpose(0, 1)
+        if layout == "keys first":
+            return x.permute(3, 2, 1, 0).softmax(0).permute(3, 2, 1, 0)
+        return torch.cat([torch.zeros_like(x[:, :, :2]), x], dim=2).softmax(-1)[:, :, 2:]
+
+    expected = entropies(lambda q, k: scores(q, k).softmax(-1))
+    assert entropies(weigh) == pytest.approx(expected)
+    assert max(expected) > 1
