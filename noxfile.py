@@ -169,6 +169,8 @@ def table(session: nox.Session) -> None:
         "What the tests were run on, as recorded by the sessions of `noxfile.py`. What is not here",
         "was not tried. All of it ran on a CPU under Linux (x86-64). **Not tried**: MPS, Windows,",
         "ROCm. A session named `below` ran on a torch that is not supported, for what fails there.",
+        "The oldest supported torch is the pinned one, on which `make test` runs all tests.",
+        "Which older torch would do is not known: nothing between 2.6 and it was tried to the end.",
         "",
         f"| session | {' | '.join(columns)} |",
         f"| --- {'| --- ' * len(columns)}|",

@@ -60,7 +60,8 @@ def _by_query(weights: Tensor, scores: Scores, keys_are_left: bool) -> Tensor:
     """Return weights as (B, ..., N, M), without queries that were joined to the product's."""
     weights = in_order(weights, scores.axes, weights.shape)
     weights = weights.mT if keys_are_left else weights
-    query = scores.products[0][1 if keys_are_left else 0]
+    left, right, *_ = scores.products[0]
+    query = right if keys_are_left else left
     return weights.narrow(-2, scores.start[1 if keys_are_left else 0], query.x.shape[-2])
 
 
