@@ -35,8 +35,7 @@ def is_padding_name(name: str) -> bool:
         >>> is_padding_name("src_key_padding_mask"), is_padding_name("loss_mask")
         (True, False)
     """
-    # This is a list, since torch 2.6 cannot trace a generator.
-    return name in _NAMES or any([part in name for part in _PARTS])  # noqa: C419
+    return name in _NAMES or any(part in name for part in _PARTS)
 
 
 def padding_masks(arguments: Iterable[tuple[str, object]]) -> list[Tensor]:

@@ -40,7 +40,7 @@ class Verdicts:
 
     def has_padding(self) -> bool:
         """Return whether the layer, or a module around it, was called with a padding mask."""
-        return any([bool(noted.masks) for noted in self.noted])  # noqa: C419
+        return any(bool(noted.masks) for noted in self.noted)
 
     def count_on(self, device: torch.device) -> None:
         """From now on, count unclear masks on this device."""

@@ -46,7 +46,7 @@ def is_negated(name: str, args: Any, kwargs: Any, known: list[Scores | None]) ->
     if name in _NEGATIVE:
         return True
     if name in _FACTORS:
-        return any([isinstance(x, (int, float)) and x < 0 for x in args])  # noqa: C419
+        return any(isinstance(x, (int, float)) and x < 0 for x in args)
     alpha = kwargs.get("alpha", 1)
     if name in _DIFFERENCES:
         alpha = -alpha
@@ -71,7 +71,7 @@ def doubt_of(name: str, args: Any, kwargs: Any, known: list[Scores | None]) -> T
     if name in _FACTORS:
         of_numbers = [x for x in others if not isinstance(x, Tensor)]
         of_tensors = [(x.detach() <= 0).any() for x in others if isinstance(x, Tensor)]
-        return of_tensors[0] if of_tensors else any([x <= 0 for x in of_numbers])  # noqa: C419
+        return of_tensors[0] if of_tensors else any(x <= 0 for x in of_numbers)
     if name in ("max", "maximum"):
         bound = others[0] if others else None
     elif name in ("clamp_min", "clamp_min_") or name in _CLAMPS:

@@ -65,4 +65,4 @@ def _lose_others(tap: Tap, x: Tensor, name: str) -> None:
 
 
 def _share(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    return any([one is other for one in some for other in others])  # noqa: C419
+    return any(one is other for one in some for other in others)

@@ -120,9 +120,8 @@ def note_mask(tap: Tap, x: Tensor, allowed: Tensor, *sources: Tensor) -> None:
     if scores is None:
         return
     scores = scores.but(masked=True)
-    products = scores.products  # torch 2.6 cannot trace a slice of this tuple
-    if any([one.left.switches or one.right.switches for one in products]):  # noqa: C419
-        of_scores = any([tap.streams().is_of_scores(source) for source in sources])  # noqa: C419
+    if any(one.left.switches or one.right.switches for one in scores.products):
+        of_scores = any(tap.streams().is_of_scores(source) for source in sources)
         # Scores choose keys, and that alone tells nothing of padding.
         if not of_scores or tap.verdicts.has_padding():
             told = _read(x, allowed, scores)

@@ -121,7 +121,7 @@ class Scores:
 
     def closes(self) -> bool:
         """Return whether a mask so far may close a token to all others, as padding is closed."""
-        return any([not shown.chosen for shown in self.read])  # noqa: C419
+        return any(not shown.chosen for shown in self.read)
 
 
 WEIGHTS = Scores()
@@ -197,13 +197,13 @@ def together(a: Scores, b: Scores) -> Scores | None:
     if not a.products:
         return b
     if a.axes == turned(b.axes):  # one of the products is keys by queries
-        if any([one is other for one in a.products for other in b.products]):  # noqa: C419
+        if any(one is other for one in a.products for other in b.products):
             return None  # each operand is both the queries and the keys
         swapped = tuple(one.turn() for one in b.products)
         start = b.start[1], b.start[0]
         b = Scores(swapped, a.axes, transposed(b.read), start, b.signs, b.masked)
     if a.axes != b.axes or a.start != b.start:
-        of_inputs = [one for one in (a, b) if any([x.of_inputs for x in one.products])]  # noqa: C419
+        of_inputs = [one for one in (a, b) if any(x.of_inputs for x in one.products)]
         return of_inputs[0] if len(of_inputs) == 1 else None
     new = [one for one in b.products if not any(one is product for product in a.products)]
     products = (*a.products, *new)
