@@ -59,8 +59,8 @@ def rescale_together(
     """
     for grad, (a, b) in zip(grads, factors, strict=True):
         check_factors(grad, a, b)
-    basis, x = bases[0].detach(), grads[0]
-    formulation = formulation_of(basis, x)
+    constants, x = [basis.detach() for basis in bases], grads[0]
+    formulation = formulation_of(constants[0], x)
     if formulation == "fused":  # it has no operations to save
         return [
             rescale(grad, basis, parallel=a, violation=b, ridge=ridge, mask=mask)
@@ -80,12 +80,13 @@ def rescale_together(
             return [mixed.matrices(y, mask) for y, mask in zip(given, masks, strict=True)]
         return [matrices(y, mask, dtype) for y, mask in zip(given, masks, strict=True)]
 
-    q, views = torch.cat(by_matrix([y.detach() for y in bases])), by_matrix(grads)
+    views = by_matrix(grads)
     with full_precision(x.device.type):
+        # No name keeps the joint basis, so that its memory can be used again.
         if formulation == "mixed":
-            result = mixed.projected(q, views, ridge, factor)
+            result = mixed.projected(torch.cat(by_matrix(constants)), views, ridge, factor)
         else:
-            span = span_of(q, None, ridge, dtype)
+            span = span_of(torch.cat(by_matrix(constants)), None, ridge, dtype)
             parts = span.whitened.split([len(view) for view in views])
             right = torch.cat([torch.bmm(a.mT, y) for a, y in zip(parts, views, strict=True)])
             result = torch.bmm(span.whitened, span.coefficients(right, factor))
@@ -98,5 +99,6 @@ def rescale_together(
 
 def _with_rest(own: Tensor, grad: Tensor, rest: Tensor, violation: Tensor | float) -> Tensor:
     if isinstance(violation, Tensor) or violation != 0:
-        own = own.addcmul(grad, rest)
+        # In place this needs less memory, but it has no derivative in a part of a tensor.
+        own = own.addcmul(grad, rest) if torch.is_grad_enabled() else own.addcmul_(grad, rest)
     return own.to(grad.dtype)
