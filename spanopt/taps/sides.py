@@ -36,6 +36,9 @@ def put_nodes(
         watcher: The watcher to tell of the gradients, if there is one.
         changed: Whether the results may be changed in place. Then each side gets its own node.
 
+    Returns:
+        A view of Q and one of K, or a side itself where there is nothing to do.
+
     Raises:
         ValueError: A factor is not finite in the dtype of Q or K.
     """
