@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 PLACES = {
     "ConvBertSelfAttention": (2,),  # after that of its convolution kernels
     "FalconAttention": (2,),  # after its fused projection, which multiplies by a transposed weight
+    "LiltSelfAttention": (1, 2),  # of text and of layout, whose scores are added both ways
     "ProphetNetNgramSelfAttention": (1, 3),  # of the main stream, and of those that predict
 }
 # Classes of layers with a softmax over the queries, which therefore count as the keys.
