@@ -12,6 +12,8 @@ def can_be_read(x: Tensor) -> bool:
     """Return whether the values of a tensor can be read now without waiting for a device."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
+    if torch._C._len_torch_dispatch_stack():  # such as a tracer, which would keep what was read
+        return False
     return type(x) is Tensor and x.device.type == "cpu"
 
 

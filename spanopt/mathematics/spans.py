@@ -150,7 +150,10 @@ def _identity(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.eye(d, dtype=dtype, device=device)
 
 
-_kept_identity = lru_cache(maxsize=16)(_identity)
+@lru_cache(maxsize=16)
+def _kept_identity(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # autograd may use what is kept
+        return _identity(d, dtype, device)
 
 
 def matrices(x: Tensor, mask: Tensor | None, dtype: torch.dtype, *, copy: bool = False) -> Tensor:
