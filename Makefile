@@ -16,7 +16,8 @@ test: .venv/test.stamp
 # The long runs and the fuzzing, of which `make test` does a short part: 15 to 25 minutes.
 soak: .venv/test.stamp
 	.venv/bin/python -m pytest -n 2 --soak tests/soak tests/registry tests/focus/test_compiled.py \
-		tests/mathematics/test_triton.py tests/scripts/test_train_text.py $(ARGS)
+		tests/mathematics/test_triton.py $(ARGS)
+	.venv/bin/python -m pytest -n 2 --soak -m long tests $(ARGS)
 
 # docs/registry.md: every model of the registry of transformers. About an hour; an interrupted run goes on
 # with ARGS=--resume.

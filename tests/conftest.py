@@ -29,6 +29,14 @@ def pytest_configure(config):
     settings.load_profile("spanopt")
 
 
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("soak"):
+        left_out = pytest.mark.skip(reason="a long run, which `make soak` does")
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(left_out)
+
+
 def pytest_runtest_logreport(report):
     if report.when == "call" and report.passed:
         models_table.note(dict(report.user_properties))

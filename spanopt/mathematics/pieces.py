@@ -31,7 +31,7 @@ def cuts(shape: tuple[int, ...]) -> list[Index]:
 
     Example:
         >>> cuts((4, 24, 512, 64))[:2]
-        [(slice(0, 1, None),), (slice(1, 2, None),)]
+        [(0, slice(0, 12, None)), (0, slice(12, 24, None))]
     """
     return list(_cut(tuple(shape)))
 

@@ -65,6 +65,7 @@ def judge(
 
     Example:
         >>> import torch
+        >>> from spanopt.taps.masks import read
         >>> open_keys = torch.tensor([[[[True, True, True]]], [[[True, True, False]]]])
         >>> judge(read(open_keys, 4), 3, 3, self_attention=True).keys.tolist()
         [[True, True, True], [True, True, False]]

@@ -10,7 +10,7 @@ import run
 from run import CHUNK, every_case, verify_in_a_process
 
 FAILURES = {"wrong", "broken", "crashed"}
-SHARE = 96  # one model in so many is tried in a short run
+SHARE = 128  # one model in so many is tried in a short run
 
 
 def sampled(case):

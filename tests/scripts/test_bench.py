@@ -79,7 +79,7 @@ def test_every_case_trains_and_has_the_attention_that_it_says(name):
     torch.testing.assert_close(again.x, setting.x, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_overhead_is_measured(compiled):
     row = overhead.measure(TINY, compiled, rounds=2)
     low, middle, high = row["ratio"]
@@ -113,6 +113,7 @@ def test_the_peak_is_that_of_the_process_itself():
     assert ballast.sum() == 2**28
 
 
+@pytest.mark.long
 def test_growth_dispatch_and_peers_are_measured():
     row = growth.measure(TINY, rounds=3)
     assert row["each"][1] * row["layers"] * row["heads"] * row["tokens"] / 1e6 == pytest.approx(

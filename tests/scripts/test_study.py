@@ -490,6 +490,7 @@ def test_an_experiment_runs_resumes_and_is_reported(tmp_path):
     assert f"{np.mean([losses(before)[seed, 1.0] for seed in (0, 1)]):.4f}" in page.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_a_killed_study_loses_only_what_was_running(tmp_path):
     code = (
         "import sys; sys.path[:0] = [sys.argv[1], sys.argv[2]]\n"

@@ -197,7 +197,8 @@ def kill_at_random(arguments, rng):
     return process.returncode == 0
 
 
-def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path, soak):
+@pytest.mark.long
+def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     longer = ("--steps", "60", "--eval-every", "7")
     subprocess.run([sys.executable, *command(text, whole, *longer)], check=True)
@@ -209,7 +210,7 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path, soak):
     seed = random.randrange(2**32)
     print("random moments of seed", seed)
     rng = random.Random(seed)
-    for _ in range(8 if soak else 1):
+    for _ in range(8):
         if kill_at_random(resume, rng):
             break
     subprocess.run([sys.executable, *resume], check=True)

@@ -72,7 +72,10 @@ def compiled(model):
     return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
-@pytest.mark.parametrize("reset", [False, True], ids=["", "reset"])
+@pytest.mark.parametrize(
+    "reset",
+    [pytest.param(False, id=""), pytest.param(True, id="reset", marks=pytest.mark.long)],
+)
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_after_an_interrupt_a_model_that_is_compiled_next_is_not_scaled(layer, reset):
     model, batch = Decoder(attention=layer, layers=1).double(), tokens()

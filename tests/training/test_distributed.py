@@ -27,7 +27,13 @@ def torchrun(processes, script, *arguments):
     return subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n} processes")
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(2, id="2 processes"),
+        pytest.param(4, id="4 processes", marks=pytest.mark.long),
+    ],
+)
 def outcomes(request, tmp_path_factory):
     """What each process says of each case."""
     directory = tmp_path_factory.getbasetemp()
