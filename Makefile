@@ -52,7 +52,7 @@ pictures: .venv/dev.stamp
 
 # The table of tested models, from the tests that train them.
 models-table: .venv/test.stamp
-	.venv/bin/python -m pytest -n 2 tests/libraries \
+	.venv/bin/python -m pytest -n 2 --soak tests/libraries \
 		--models-table docs/models.md
 
 # A small part of the study, from the start, in minutes; the whole takes hours and resumes.

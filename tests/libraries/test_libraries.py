@@ -971,7 +971,14 @@ def loss_of(output):
     return F.cross_entropy(output.flatten(0, -2), targets)
 
 
-@pytest.mark.parametrize("case", list(cases()), ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.long] if i % 2 else [])
+        for i, case in enumerate(cases())
+    ],
+    ids=str,
+)
 def test_five_steps_on_the_gradients_of_the_reference(case, record_property):
     model, inputs, error = shaken(case.build()), case.inputs(), 0.0
     bare, reference = copy.deepcopy(model), refer(copy.deepcopy(model))

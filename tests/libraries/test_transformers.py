@@ -144,7 +144,7 @@ def test_one_padded_sequence_has_the_gradients_it_has_alone(family, attention, s
     assert not optimizer.hooks.unseen()
 
 
-@pytest.mark.parametrize("length", [10, 12])
+@pytest.mark.parametrize("length", [pytest.param(10, marks=pytest.mark.long), 12])
 @pytest.mark.parametrize(("family", "attention", "side"), PADDED_ENCODER)
 def test_padding_of_the_encoder_is_not_taken_for_that_of_the_decoder(
     family, attention, side, length

@@ -230,7 +230,7 @@ def test_its_operations_are_counted() -> None:
     assert counter.get_total_flops() == 3 * (12 * N * D**2 + 8 * D**3)
 
 
-@pytest.mark.parametrize("layout", ["rows", "heads"])
+@pytest.mark.parametrize("layout", [pytest.param("rows", marks=pytest.mark.long), "heads"])
 def test_compiled_and_eager_are_the_same_bit_for_bit(layout: str) -> None:
     basis, grad = normal(1, N, 2, D).float(), normal(1, N, 2, D, seed=1).float()
     if layout == "heads":

@@ -14,11 +14,21 @@ from spanopt.mathematics.fused import SHARED, settings
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 
-def test_the_kernels_are_right_in_the_interpreter() -> None:
+def test_the_kernels_are_right_in_the_interpreter(soak: bool) -> None:
     """Triton looks for the setting of its interpreter when it is imported, so in a new process."""
     file = Path(__file__).with_name("interpreted_triton.py")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", str(file)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-o",
+            "addopts=",
+            str(file),
+            *["--soak"] * soak,
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -47,9 +47,9 @@ def test_gradients_are_the_references_or_the_model_is_refused(cases):
 
 
 def test_models_that_everyone_knows_are_built_and_verified():
-    names = ("llama", "vit", "whisper", "t5")
+    names = ("llama", "whisper", "t5")
     cases = [f"{name}:{attention}" for name in names for attention in ("sdpa", "eager")]
-    assert [row["outcome"] for row in verify_in_a_process(cases)] == ["verified"] * 8
+    assert [row["outcome"] for row in verify_in_a_process(cases)] == ["verified"] * 6
 
 
 def test_an_interrupted_run_goes_on_from_the_rows_it_has(tmp_path, monkeypatch):

@@ -319,7 +319,10 @@ def test_the_projection_tap_takes_the_setups_of_one_side(name):
 
 
 @pytest.mark.parametrize("tap", ["score", "softmax", "packed"])
-@pytest.mark.parametrize("name", ["cross", "feature", "oblique"])
+@pytest.mark.parametrize(
+    "name",
+    ["cross", *(pytest.param(name, marks=pytest.mark.long) for name in ("feature", "oblique"))],
+)
 def test_compiled_in_one_graph_a_setup_gives_the_gradients_of_eager_code(tap, name):
     torch.compiler.reset()
     layer, x = build(tap), torch.randn(3, 9, WIDTH, dtype=torch.float64)

@@ -97,9 +97,14 @@ def test_padded_sequences_get_the_gradients_that_they_have_alone(kind, form, sid
         ("masked_fill", "keys", "aot_eager"),
         ("sdpa with grouped queries", "causal, -inf", "eager"),
         ("packed with weights", "keys", "eager"),
-        ("masked_fill with merged heads", "causal", "eager"),
-        ("where", "keys", "eager"),
-        ("add", "keys, finfo.min", "eager"),
+        *(
+            pytest.param(*one, marks=pytest.mark.long)
+            for one in (
+                ("masked_fill with merged heads", "causal", "eager"),
+                ("where", "keys", "eager"),
+                ("add", "keys, finfo.min", "eager"),
+            )
+        ),
     ],
 )
 def test_padded_sequences_get_the_gradients_that_they_have_alone_compiled(

@@ -51,8 +51,19 @@ def compiled(model, backend="inductor", **options):
     return torch.compile(model, fullgraph=True, backend=backend, **options)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize(
+    ("layer", "backend"),
+    [
+        pytest.param(
+            layer,
+            backend,
+            id=f"{name}-{backend}",
+            marks=[pytest.mark.long] if backend == "inductor" and name != "score" else [],
+        )
+        for name, layer in LAYERS.items()
+        for backend in ("aot_eager", "inductor")
+    ],
+)
 def test_compiled_in_one_graph_the_gradients_equal_eager_ones(layer, backend):
     model, batch = Decoder(attention=layer, layers=1).double(), tokens()
     plain = gradients(model, loss_of(model(batch), batch))

@@ -281,7 +281,14 @@ def test_what_was_scaled_by_the_wrong_span(steps, end):
     assert outcome("matmul", steps) == end
 
 
-@pytest.mark.parametrize("name", ["of a view", "of a slice", "index_fill_", "cumsum_"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "of a view",
+        "index_fill_",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("of a slice", "cumsum_")),
+    ],
+)
 def test_compiled_scores_that_another_tensor_changes_are_lost_as_well(name, compiled):
     with pytest.raises(Unsupported, match="UnscaledLayerError"):  # raised while Dynamo traces
         outcome("matmul", [(name, AS_IT_IS)], compiled)
