@@ -153,7 +153,9 @@ def _named(arm: str) -> str:
 
 
 def _percent(change: Change) -> str:
-    return f"{change.mean:+.0f} % ({change.low:+.0f} to {change.high:+.0f})"
+    digits = 1 if max(abs(change.low), abs(change.high)) < 10 else 0
+    mean, low, high = (f"{x:+.{digits}f}" for x in (change.mean, change.low, change.high))
+    return f"{mean} % ({low} to {high})"
 
 
 class Report:

@@ -49,7 +49,11 @@ MINIATURE: dict[str, Any] = {"length": 12, "blocks": 2, "held_out": 200, "dropou
 
 @dataclass(frozen=True)
 class Study:
-    """Arms compared on one task, as it was declared before any of it was run.
+    """Arms compared on one task.
+
+    The studies were declared before any of them was run, with caps from single runs on other seeds.
+    Three things were changed after the first result with SGD: the order, the arms with span scaling
+    on Even Pairs with SGD, and the kinds and the cap of Missing Duplicate with SGD.
 
     Attributes:
         name: Its name, which is that of the folder of its results.
