@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.placeholders import filled
 from harness.shades import save_both
 from matplotlib import rcParams
 from matplotlib.figure import Figure
@@ -101,10 +102,7 @@ class Page:
                 raise ValueError(f"{match[0]} names nothing")
             return str(function(match[2]) if match[2] else function())
 
-        page = PLACEHOLDER.sub(value, template)
-        if "[[" in page:
-            raise ValueError(f"no placeholder looks like {page[page.index('[[') :][:40]!r}")
-        return page
+        return filled(template, PLACEHOLDER, value)
 
     def rows(self, name: str) -> Any:
         """Return the rows of a result."""

@@ -15,6 +15,7 @@ from typing import Any
 from focus_cost import memory_table, time_table
 from focus_study import MEASURED_SEEDS, RESULTS, STUDIES, Study, measures
 from focus_training import ACCURACY, STEPS
+from harness.placeholders import filled
 from harness.shades import save_both
 from matplotlib import rcParams
 from matplotlib.figure import Figure
@@ -187,10 +188,7 @@ class Report:
         Raises:
             ValueError: A placeholder that names nothing, or that there are no results for.
         """
-        page = _PLACEHOLDER.sub(self._fill, template)
-        if "[[" in page:
-            raise ValueError(f"no placeholder looks like {page[page.index('[[') :][:40]!r}")
-        return page
+        return filled(template, _PLACEHOLDER, self._fill)
 
     def _fill(self, match: re.Match[str]) -> str:
         kind, name, arm = match.groups()

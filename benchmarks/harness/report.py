@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from harness.experiment import Experiment
 from harness.partial import between, by_arm, by_rate, by_setting, missing, worth
+from harness.placeholders import filled
 from harness.store import Store
 from spanopt.compare.drawing import COLOURS, draw_interval, forest, markdown
 from spanopt.compare.reading import in_words
@@ -61,10 +62,7 @@ class Report:
         Raises:
             ValueError: A placeholder that names nothing, or that there are no results for.
         """
-        page = _PLACEHOLDER.sub(self._fill, template)
-        if "[[" in page:
-            raise ValueError(f"no placeholder looks like {page[page.index('[[') :][:40]!r}")
-        return page
+        return filled(template, _PLACEHOLDER, self._fill)
 
     def _fill(self, match: re.Match[str]) -> str:
         kind, name, arm = match.groups()
