@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from spanopt.declarations import Declaration, declare
+from spanopt.taps.softmax.bounds import FACTORS
 from spanopt.taps.softmax.changing import IN_PLACE, changing, forget
 from spanopt.taps.softmax.following import (
     cat,
@@ -22,7 +23,15 @@ from spanopt.taps.softmax.following import (
     reshape,
     signs,
 )
-from spanopt.taps.softmax.masking import add, limit, masked_fill, setitem, sub, where
+from spanopt.taps.softmax.masking import (
+    add,
+    limit,
+    masked_fill,
+    rescale,
+    setitem,
+    sub,
+    where,
+)
 from spanopt.taps.softmax.mixing import convolution, linear
 from spanopt.taps.softmax.products import bmm, einsum, matmul
 from spanopt.taps.softmax.switching import softmax
@@ -32,13 +41,11 @@ __all__ = ["HANDLERS"]
 
 # fmt: off
 _ELEMENTWISE = (
-    "mul", "mul_", "multiply", "div", "div_", "divide", "true_divide", "neg", "negative",
-    "__mul__", "__rmul__", "__imul__", "__truediv__", "__itruediv__", "__idiv__", "__rsub__",
-    "__neg__", "tanh", "tanh_", "nan_to_num", "dropout", "dropout_", "float", "half", "bfloat16",
-    "double", "type", "contiguous", "clone", "abs", "abs_", "absolute", "__abs__", "relu", "relu_",
-    "relu6", "leaky_relu", "elu", "gelu", "silu", "softplus", "sqrt", "square", "pow", "__pow__",
-    "log1p", "multiply_", "divide_", "true_divide_", "neg_", "negative_", "absolute_", "sqrt_",
-    "square_", "pow_", "__ipow__", "log1p_", "leaky_relu_", "elu_", "nan_to_num_",
+    "neg", "neg_", "negative", "negative_", "__neg__", "__rsub__", "tanh", "tanh_", "nan_to_num",
+    "nan_to_num_", "dropout", "dropout_", "float", "half", "bfloat16", "double", "type",
+    "contiguous", "clone", "abs", "abs_", "absolute", "absolute_", "__abs__", "relu", "relu_",
+    "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "gelu", "silu", "softplus", "sqrt",
+    "sqrt_", "square", "square_", "pow", "pow_", "__pow__", "__ipow__", "log1p", "log1p_",
 )
 _LIMITED = (
     "clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "max",
@@ -85,6 +92,7 @@ def _with_scores(handler: Handler) -> Handler:
 _BY_NAME: dict[str, Handler] = {
     **dict.fromkeys(IN_PLACE, forget),
     **dict.fromkeys(_ELEMENTWISE, elementwise),
+    **dict.fromkeys(FACTORS, rescale),
     **dict.fromkeys(_LIMITED, limit),
     **dict.fromkeys(_RESHAPED, reshape),
     **dict.fromkeys(("sign", "sgn"), signs),

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spanopt.taps.masks import allowed, is_open
 from spanopt.taps.softmax.scores import Scores
 
-__all__ = ["doubt_of", "is_negated", "upper_bound"]
+__all__ = ["FACTORS", "doubt_of", "factor_of", "is_negated", "upper_bound"]
 
 # fmt: off
 _RAISING = frozenset((
@@ -22,10 +23,14 @@ _RAISING = frozenset((
     "square", "square_", "pow", "pow_", "__pow__", "__ipow__", "log1p", "log1p_",
 ))
 _NEGATIVE = frozenset(("neg", "neg_", "negative", "negative_", "__neg__", "__rsub__"))
-_FACTORS = frozenset((
-    "mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__", "div", "div_",
-    "divide", "divide_", "true_divide", "true_divide_", "__truediv__", "__itruediv__", "__idiv__",
+_DIVISIONS = frozenset((
+    "div", "div_", "divide", "divide_", "true_divide", "true_divide_", "__truediv__",
+    "__itruediv__", "__idiv__",
 ))
+FACTORS = _DIVISIONS | {
+    "mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__",
+}
+"""Names of the functions that multiply scores by something, or divide them."""
 _DIFFERENCES = frozenset(("sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"))
 _CLAMPS = frozenset(("clamp", "clamp_", "clip", "clip_"))
 # fmt: on
@@ -45,7 +50,7 @@ def is_negated(name: str, args: Any, kwargs: Any, known: list[Scores | None]) ->
         return False
     if name in _NEGATIVE:
         return True
-    if name in _FACTORS:
+    if name in FACTORS:
         return any(isinstance(x, (int, float)) and x < 0 for x in args)
     alpha = kwargs.get("alpha", 1)
     if name in _DIFFERENCES:
@@ -68,7 +73,7 @@ def doubt_of(name: str, args: Any, kwargs: Any, known: list[Scores | None]) -> T
     if name in _RAISING:
         return True
     others = [x for x, scores in zip(args, known, strict=True) if scores is None]
-    if name in _FACTORS:
+    if name in FACTORS:
         of_numbers = [x for x in others if not isinstance(x, Tensor)]
         of_tensors = [(x.detach() <= 0).any() for x in others if isinstance(x, Tensor)]
         return of_tensors[0] if of_tensors else any(x <= 0 for x in of_numbers)
@@ -83,6 +88,26 @@ def doubt_of(name: str, args: Any, kwargs: Any, known: list[Scores | None]) -> T
     if isinstance(bound, Tensor):
         return allowed(bound).any()
     return bound is not None and is_open(bound)
+
+
+def factor_of(
+    name: str, args: Any, kwargs: Any, known: list[Scores | None]
+) -> Tensor | float | None:
+    """Return what a product or quotient multiplies scores by; ``None`` where that is not known.
+
+    Args:
+        name: Name of the function, one of :data:`FACTORS`.
+        args: Its arguments by position.
+        kwargs: Its arguments by name.
+        known: What is known of each argument by position, where it is scores.
+    """
+    others = [x for x, scores in zip(args, known, strict=True) if scores is None]
+    if len(args) != 2 or len(others) != 1 or isinstance(others[0], complex):
+        return None
+    factor: Tensor | float = others[0]
+    if isinstance(factor, Tensor) and (factor.dtype == torch.bool or factor.numel() == 0):
+        return None
+    return 1 / factor if name in _DIVISIONS else factor
 
 
 def upper_bound(name: str, args: Any, kwargs: Any, known: list[Scores | None]) -> Tensor | None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spanopt.taps.masks import allowed, allowed_by_fill, both, chosen, doubted, is_open, read
+from spanopt.taps.masks import allowed, allowed_by_fill, both, chosen, doubted, is_open
 from spanopt.taps.softmax.axes import in_order
-from spanopt.taps.softmax.bounds import upper_bound
+from spanopt.taps.softmax.bounds import factor_of, upper_bound
 from spanopt.taps.softmax.following import elementwise
-from spanopt.taps.softmax.scores import Scores, carry, lose, scores_of
+from spanopt.taps.softmax.scores import carry, lose, scores_of
+from spanopt.taps.softmax.terms import Term, could_change
 from spanopt.taps.tap import Tap
 
-__all__ = ["add", "limit", "masked_fill", "note_mask", "setitem", "sub", "where"]
+__all__ = ["add", "limit", "masked_fill", "note_mask", "rescale", "setitem", "sub", "where"]
 
 
 def add(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -24,9 +26,9 @@ def add(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     if not any(known) or not masks:
         return elementwise(tap, func, *args, **kwargs)
     alpha = kwargs.get("alpha", 1) if known[0] else 1
-    open_ = allowed(masks[0].detach() * alpha)  # before the mask may be changed in place
+    value = _times(masks[0], alpha, copy=args[0] is masks[0])
     result = elementwise(tap, func, *args, **kwargs)
-    note_mask(tap, result, open_, masks[0])
+    note_mask(tap, result, allowed(value), value, sources=masks)
     return result
 
 
@@ -37,9 +39,9 @@ def sub(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         return elementwise(tap, func, *args, **kwargs)
     x = args[0] if known[1] else args[1]
     factor = 1 if known[1] else -kwargs.get("alpha", 1)
-    open_ = allowed(x.detach() * factor)
+    value = _times(x, factor, copy=args[0] is x)
     result = elementwise(tap, func, *args, **kwargs)
-    note_mask(tap, result, open_, x)
+    note_mask(tap, result, allowed(value), value, sources=[x])
     return result
 
 
@@ -49,8 +51,26 @@ def limit(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     bound = upper_bound(func.__name__, args, kwargs, known) if any(known) else None
     result = elementwise(tap, func, *args, **kwargs)
     if bound is not None:
-        note_mask(tap, result, allowed(bound), bound)
+        note_mask(tap, result, allowed(bound), bound, sources=[bound])
     return result
+
+
+def rescale(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Follow scores times a factor, which may open what a mask closed, or close more."""
+    known = [scores_of(tap, x) for x in args]
+    factor = factor_of(func.__name__, args, kwargs, known)
+    result = elementwise(tap, func, *args, **kwargs)
+    scores = scores_of(tap, result)
+    if scores is None or factor is None or not scores.terms:
+        return result
+    if not all(term.is_unchanged() for term in scores.terms):
+        lose(tap, result, f"{func.__name__} after a change of the mask in place")
+        return result
+    terms = tuple([term.times(factor) for term in scores.terms])
+    shown = scores.read
+    for term in terms:
+        shown = both(doubted(shown, term.is_opened()), term.read())
+    return carry(tap, result, scores.but(read=shown, terms=terms))
 
 
 def masked_fill(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -101,6 +121,12 @@ def setitem(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     _note_fill(tap, x, where, value, *sources)
 
 
+def _times(mask: Tensor, factor: float, copy: bool) -> Tensor:
+    """Return a mask times a factor, as a copy where the mask may be changed in place."""
+    same = factor == 1 and mask.dtype != torch.bool and not copy
+    return mask.detach() if same else mask.detach() * factor
+
+
 def _note_fill(tap: Tap, x: Tensor, where: Tensor, value: Any, *sources: Tensor) -> None:
     """Note that the scores x were overwritten by a value where a mask is true."""
     scores = scores_of(tap, x)
@@ -111,11 +137,27 @@ def _note_fill(tap: Tap, x: Tensor, where: Tensor, value: Any, *sources: Tensor)
             carry(tap, x, scores.but(read=doubted(scores.read, (where & allowed(value)).any())))
         elif of_keys and is_open(value):
             carry(tap, x, scores.but(read=doubted(scores.read, where.any())))
-    note_mask(tap, x, allowed_by_fill(where, value), *sources)
+    note_mask(tap, x, allowed_by_fill(where, value), value, where, sources)
 
 
-def note_mask(tap: Tap, x: Tensor, allowed: Tensor, *sources: Tensor) -> None:
-    """Note that the scores x are masked; ``allowed`` was computed from the ``sources``."""
+def note_mask(
+    tap: Tap,
+    x: Tensor,
+    allowed: Tensor,
+    value: Tensor | float,
+    where: Tensor | None = None,
+    sources: Sequence[Tensor] = (),
+) -> None:
+    """Note that scores are masked.
+
+    Args:
+        tap: The tap.
+        x: The scores.
+        allowed: Where the mask allows attention: boolean.
+        value: What was added to the scores, or put in their place.
+        where: Where it was put; ``None`` if it was added.
+        sources: From what the mask was computed.
+    """
     scores = scores_of(tap, x)
     if scores is None:
         return
@@ -124,24 +166,10 @@ def note_mask(tap: Tap, x: Tensor, allowed: Tensor, *sources: Tensor) -> None:
         of_scores = any(tap.streams().is_of_scores(source) for source in sources)
         # Scores choose keys, and that alone tells nothing of padding.
         if not of_scores or tap.verdicts.has_padding():
-            told = _read(x, allowed, scores)
+            told = scores.layout(x).read(allowed)
             told = chosen(told) if of_scores else told
             scores = scores.but(read=both(scores.read, told))
+        if not of_scores and could_change(value):
+            term = Term.of(scores.layout(x), value, where)
+            scores = scores.but(terms=(*scores.terms, term))
     carry(tap, x, scores)
-
-
-def _read(x: Tensor, allowed: Tensor, scores: Scores) -> tuple[Any, ...]:
-    """Return what a mask on the scores x shows of their product, without what was joined to it."""
-    allowed = in_order(allowed, scores.axes, x.shape)
-    product = scores.products[0]
-    batch = product.left.x.shape[:-2]
-    if allowed.ndim > max(len(batch) + 2, 3):  # a dimension was added, or the batch was split
-        sizes = in_order(x.detach(), scores.axes, x.shape).shape[:-2]
-        if sizes.numel() == batch.numel():
-            allowed = allowed.expand(*sizes, -1, -1).reshape(*batch, *allowed.shape[-2:])
-        while allowed.ndim > max(len(batch) + 2, 3):
-            allowed = allowed.any(0)
-    for dim, operand, start in zip((-2, -1), product[:2], scores.start, strict=True):
-        if allowed.ndim >= -dim and allowed.shape[dim] > 1:
-            allowed = allowed.narrow(dim, start, operand.x.shape[-2])
-    return read(allowed, allowed.ndim)

@@ -72,7 +72,8 @@ def bmm(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
         return result if of_both is None else carry_product(tap, result, of_both)
     carry_product(tap, result, scores)
     if bias and beta != 0:
-        note_mask(tap, result, allowed(bias[0].detach() * beta), bias[0])
+        value = bias[0].detach() * beta
+        note_mask(tap, result, allowed(value), value, sources=bias)
     return result
 
 

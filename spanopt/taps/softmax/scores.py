@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spanopt.taps.masks import Read, both, transposed
 from spanopt.taps.softmax.axes import PLAIN, Axes, turned
+from spanopt.taps.softmax.terms import Layout, Term
 from spanopt.taps.tap import Tap
 
 __all__ = [
@@ -78,6 +79,7 @@ class Scores:
         start: How many further rows and columns were put before those of the product.
         signs: Whether these are only the signs of scores, which no gradient goes through.
         masked: Whether a mask or a bias was added or filled in.
+        terms: The masks and biases of which a factor could change what they close.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Scores:
         start: tuple[int, int] = (0, 0),
         signs: bool = False,
         masked: bool = False,
+        terms: tuple[Term, ...] = (),
     ) -> None:
         self.products = products
         self.axes = axes
@@ -95,6 +98,7 @@ class Scores:
         self.start = start
         self.signs = signs
         self.masked = masked
+        self.terms = terms
 
     def but(
         self,
@@ -104,6 +108,7 @@ class Scores:
         start: tuple[int, int] | None = None,
         signs: bool | None = None,
         masked: bool | None = None,
+        terms: tuple[Term, ...] | None = None,
     ) -> Scores:
         """Return the same knowledge, but for what is given."""
         return Scores(
@@ -113,6 +118,7 @@ class Scores:
             self.start if start is None else start,
             self.signs if signs is None else signs,
             self.masked if masked is None else masked,
+            self.terms if terms is None else terms,
         )
 
     def at(self, axes: Axes) -> Scores:
@@ -122,6 +128,11 @@ class Scores:
     def closes(self) -> bool:
         """Return whether a mask so far may close a token to all others, as padding is closed."""
         return any(not shown.chosen for shown in self.read)
+
+    def layout(self, x: Tensor) -> Layout:
+        """Return how the tensor x, which is these scores, holds their first product."""
+        left, right = (one.x.shape for one in self.products[0][:2])
+        return Layout(x.shape, self.axes, self.start, (*left[:-1], right[-2]))
 
 
 WEIGHTS = Scores()
@@ -201,11 +212,12 @@ def together(a: Scores, b: Scores) -> Scores | None:
             return None  # each operand is both the queries and the keys
         swapped = tuple(one.turn() for one in b.products)
         start = b.start[1], b.start[0]
-        b = Scores(swapped, a.axes, transposed(b.read), start, b.signs, b.masked)
+        terms = tuple([term.turn() for term in b.terms])
+        b = Scores(swapped, a.axes, transposed(b.read), start, b.signs, b.masked, terms)
     if a.axes != b.axes or a.start != b.start:
         of_inputs = [one for one in (a, b) if any(x.of_inputs for x in one.products)]
         return of_inputs[0] if len(of_inputs) == 1 else None
     new = [one for one in b.products if not any(one is product for product in a.products)]
     products = (*a.products, *new)
-    signs, masked = a.signs and b.signs, a.masked or b.masked
-    return Scores(products, a.axes, both(a.read, b.read), a.start, signs, masked)
+    signs, masked, terms = a.signs and b.signs, a.masked or b.masked, (*a.terms, *b.terms)
+    return Scores(products, a.axes, both(a.read, b.read), a.start, signs, masked, terms)
