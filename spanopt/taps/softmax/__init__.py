@@ -13,7 +13,13 @@ from typing import Any
 
 from spanopt.declarations import Declaration, declare
 from spanopt.taps.softmax.bounds import FACTORS
-from spanopt.taps.softmax.changing import IN_PLACE, changing, forget
+from spanopt.taps.softmax.changing import (
+    IN_PLACE,
+    IN_PLACE_IF_ASKED,
+    changing,
+    changing_if_asked,
+    forget,
+)
 from spanopt.taps.softmax.following import (
     cat,
     elementwise,
@@ -120,4 +126,6 @@ HANDLERS = {
 }
 for _name in IN_PLACE:
     HANDLERS[_name] = _with_scores(changing(_by_position(_BY_NAME[_name])))
+for _name, _position in IN_PLACE_IF_ASKED.items():
+    HANDLERS[_name] = _with_scores(_by_position(changing_if_asked(_BY_NAME.get(_name), _position)))
 declare(Declaration("softmax", "in attention written out as a product and a softmax", HANDLERS))

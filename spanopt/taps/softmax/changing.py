@@ -10,7 +10,7 @@ from torch import Tensor
 from spanopt.taps.softmax.scores import lose, noted_scores, scores_of
 from spanopt.taps.tap import Handler, Tap
 
-__all__ = ["IN_PLACE", "changing", "forget"]
+__all__ = ["IN_PLACE", "IN_PLACE_IF_ASKED", "changing", "changing_if_asked", "forget"]
 
 _UNCHANGING = ("requires_grad_", "share_memory_", "rename_")
 _OPERATORS = ("add", "sub", "mul", "truediv", "div", "pow", "floordiv", "mod", "and", "or", "xor")
@@ -21,6 +21,14 @@ _NAMES = (
 )
 IN_PLACE = tuple(name for name in _NAMES if name not in _UNCHANGING)
 """Names of the functions that change their first argument."""
+IN_PLACE_IF_ASKED = {
+    **dict.fromkeys(("relu", "relu6", "selu", "silu", "mish", "hardswish", "hardsigmoid"), 1),
+    **dict.fromkeys(("leaky_relu", "elu", "celu"), 2),
+    **dict.fromkeys(("hardtanh", "threshold", "dropout", "dropout1d", "dropout2d", "dropout3d"), 3),
+    **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout"), 3),
+    "rrelu": 4,
+}
+"""Functions that change their first argument if ``inplace`` is true, and its position."""
 
 
 def forget(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -40,6 +48,24 @@ def changing(handler: Handler) -> Handler:
         if args and isinstance(args[0], Tensor):
             _lose_others(tap, args[0], func.__name__)
         return result
+
+    return handle
+
+
+def changing_if_asked(handler: Handler | None, position: int) -> Handler:
+    """Return the handler of a function that takes ``inplace``.
+
+    Args:
+        handler: What follows the function where it changes nothing; ``None`` if nothing does.
+        position: The position of ``inplace`` among its arguments.
+    """
+    in_place = changing(forget if handler is None else handler)
+
+    def handle(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = args[position] if len(args) > position else kwargs.get("inplace", False)
+        if asked:
+            return in_place(tap, func, *args, **kwargs)
+        return func(*args, **kwargs) if handler is None else handler(tap, func, *args, **kwargs)
 
     return handle
 

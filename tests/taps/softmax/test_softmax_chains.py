@@ -145,6 +145,8 @@ OTHER = {
     "of detached": lambda x, closed: unused(x.detach().masked_fill_(closed, -1e9), x),
     "masked_scatter_": lambda x, closed: x.masked_scatter_(closed, torch.full_like(x, -1e9)),
     "addcmul_": lambda x, closed: x.addcmul_(closed.to(x.dtype), torch.tensor(-1e9).double()),
+    "inplace of a view": lambda x, closed: unused(F.relu(x.view_as(x), inplace=True), x),
+    "inplace, unknown": lambda x, closed: F.hardtanh(x, -5.0, 5.0, True),
     "items of a slice": lambda x, closed: set_items(x, (..., slice(0, 1)), -1e9),
     "items of scores": lambda x, closed: set_items(x, (...,), x.clone().masked_fill(closed, -1e9)),
     "slice doubled": lambda x, closed: unused(x[..., :1].mul_(2.0), x),
@@ -311,6 +313,7 @@ def test_what_was_scaled_by_the_wrong_span(steps, end):
     [
         "of a view",
         "index_fill_",
+        "inplace of a view",
         *(pytest.param(name, marks=pytest.mark.long) for name in ("of a slice", "cumsum_")),
     ],
 )
