@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from spanopt.focus.spec import Keeping
+from spanopt.mathematics.checks import can_be_read
 
 __all__ = [
     "FORBIDDEN",
@@ -104,12 +106,23 @@ def _largest(x: Tensor, k: int) -> Tensor:
     """
     width = x.shape[-1]
     if x.device.type != "cpu" or width % _GROUP or width < max(2 * _GROUP * k, 512):
-        return x.topk(k, dim=-1, sorted=False).indices
+        return _top(x, k)
     groups = width // _GROUP
-    best = x.unflatten(-1, (_GROUP, groups)).amax(-2).topk(k, dim=-1, sorted=False).indices
+    best = _top(x.unflatten(-1, (_GROUP, groups)).amax(-2), k)
     within = torch.arange(_GROUP, device=x.device) * groups
     places = (best[..., None] + within).flatten(-2)
-    return places.gather(-1, x.gather(-1, places).topk(k, dim=-1, sorted=False).indices)
+    return places.gather(-1, _top(x.gather(-1, places), k))
+
+
+def _top(x: Tensor, k: int) -> Tensor:
+    """Return the positions of the k largest entries of each row, on a CPU as NumPy finds them.
+
+    That takes half as long as PyTorch, or less.
+    """
+    if not can_be_read(x) or x.dtype not in (torch.float32, torch.float64):
+        return x.topk(k, dim=-1, sorted=False).indices
+    positions = np.argpartition(x.detach().numpy(), x.shape[-1] - k, axis=-1)[..., -k:]
+    return torch.from_numpy(positions).contiguous()
 
 
 def may_be_none(keeping: Keeping) -> bool:
