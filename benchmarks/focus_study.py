@@ -53,7 +53,8 @@ class Study:
 
     The studies were declared before any of them was run, with caps from single runs on other seeds.
     Three things were changed after the first result with SGD: the order, the arms with span scaling
-    on Even Pairs with SGD, and the kinds and the cap of Missing Duplicate with SGD.
+    on Even Pairs with SGD, and the kinds and the cap of Missing Duplicate with SGD. The study of
+    span scaling on fresh seeds was declared after (2, 1) had gained on Even Pairs with SGD.
 
     Attributes:
         name: Its name, which is that of the folder of its results.
@@ -66,6 +67,8 @@ class Study:
         every: Steps between evaluations, and between measures of scores.
         seeds: How many paired seeds.
         span: Whether span scaling by (2, 1) is compared too, alone and with the first kind.
+        pairs: Scales that are compared with full attention, by the names of their arms.
+        first_seed: The first of the paired seeds.
         size: Further arguments of the function that trains.
     """
 
@@ -79,6 +82,8 @@ class Study:
     every: int = 25
     seeds: int = 10
     span: bool = False
+    pairs: dict[str, tuple[float, float]] = field(default_factory=dict)
+    first_seed: int = 0
     size: dict[str, Any] = field(default_factory=lambda: dict(MINIATURE))
 
     @property
@@ -91,7 +96,7 @@ class Study:
             name, arm = next(iter(arms.items()))
             arms["(2, 1)"] = Arm((2, 1))
             arms[f"{name} and (2, 1)"] = Arm((2, 1), params=arm.params)
-        return arms
+        return arms | {name: Arm(scales) for name, scales in self.pairs.items()}
 
     @property
     def metric(self) -> str:
@@ -100,9 +105,10 @@ class Study:
 
     def design(self, seeds: int | None = None) -> Design:
         """Return what trials are needed, for all seeds or only for the first ones."""
+        count = self.seeds if seeds is None else min(seeds, self.seeds)
         return Design(
             with_controls(self.arms, ()),
-            tuple(range(self.seeds if seeds is None else min(seeds, self.seeds))),
+            tuple(range(self.first_seed, self.first_seed + count)),
             TUNING_SEEDS,
             Grid(self.rates, EXTENSIONS),
             self.metric,
@@ -146,6 +152,12 @@ class Study:
         return Store(folder, settings)
 
 
+SPANS = {
+    "(2, 1)": (2.0, 1.0),
+    "uniform (2, 2)": (2.0, 2.0),
+    "(1, 2)": (1.0, 2.0),
+    "near-null (1.0001, 1)": (1.0001, 1.0),
+}
 # Caps come from single runs on other seeds, which are not part of the results.
 STUDIES = {
     study.name: study
@@ -175,6 +187,17 @@ STUDIES = {
         ),
         Study("stack-manipulation-adamw", "stack-manipulation", (0.001, 0.002, 0.004), cap=400),
         Study("parity-adamw", "parity", (0.001, 0.002, 0.004), cap=400),
+        Study(
+            "even-pairs-sgd-spans",
+            "even-pairs",
+            (0.2, 0.4),
+            kinds=(),
+            optimizer="sgd",
+            cap=800,
+            seeds=16,
+            pairs=SPANS,
+            first_seed=100,
+        ),
     )
 }
 
