@@ -54,7 +54,8 @@ class Study:
     The studies were declared before any of them was run, with caps from single runs on other seeds.
     Three things were changed after the first result with SGD: the order, the arms with span scaling
     on Even Pairs with SGD, and the kinds and the cap of Missing Duplicate with SGD. The study of
-    span scaling on fresh seeds was declared after (2, 1) had gained on Even Pairs with SGD.
+    span scaling on fresh seeds was declared after (2, 1) had gained on Even Pairs with SGD. Its 16
+    seeds were cut to 10 after 9, when it was seen that the span is all of the gradient there.
 
     Attributes:
         name: Its name, which is that of the folder of its results.
@@ -156,7 +157,7 @@ SPANS = {
     "(2, 1)": (2.0, 1.0),
     "uniform (2, 2)": (2.0, 2.0),
     "(1, 2)": (1.0, 2.0),
-    "near-null (1.0001, 1)": (1.0001, 1.0),
+    "(1.0001, 1)": (1.0001, 1.0),
 }
 # Caps come from single runs on other seeds, which are not part of the results.
 STUDIES = {
@@ -194,7 +195,6 @@ STUDIES = {
             kinds=(),
             optimizer="sgd",
             cap=800,
-            seeds=16,
             pairs=SPANS,
             first_seed=100,
         ),
