@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from spanopt.mathematics.checks import check_ridge
 from spanopt.rescaling import Rescaling, unfit_dtypes
 from spanopt.setups import SPAN, Setup, SetupFunction
 from spanopt.shards import Spread, is_spread, on_shards
 
-__all__ = ["rescaling_node", "signed", "span_node", "switch_on", "switched_node", "uniform_node"]
+__all__ = ["apply", "rescaling_node", "span_node", "switch_on", "switched_node", "uniform_node"]
 
 
 def span_node(
@@ -114,7 +113,7 @@ def rescaling_node(
     if not rescaling.projects():
         mask = documents = other = None
     if not is_spread(x):
-        return _RescalingNode.apply(x, rescaling, mask, documents, other, None)
+        return apply(_RescalingNode, x, rescaling, mask, documents, other, None)
     if rescaling.projects() and (rescaling.setup is not SPAN or rescaling.preserve_norm):
         raise TypeError(
             f"the projection {rescaling.setup.name!r} and preserve_norm can't be taken of a "
@@ -123,7 +122,7 @@ def rescaling_node(
 
     def node(x: Tensor, factors: Any, mask: Any, documents: Any, spread: Spread | None) -> Tensor:
         local = Rescaling(SPAN, rescaling.ridge, factors=factors, mode=rescaling.mode)
-        return _RescalingNode.apply(x, local, mask, documents, None, spread)
+        return apply(_RescalingNode, x, local, mask, documents, None, spread)
 
     return on_shards(node, x, rescaling.pair(), mask, documents)
 
@@ -186,7 +185,7 @@ def switched_node(
         >>> q.grad.flatten().round(decimals=4)
         tensor([6., 6.])
     """
-    return _SwitchedNode.apply(x, query, key, documents, other)
+    return apply(_SwitchedNode, x, query, key, documents, other)
 
 
 def switch_on(
@@ -208,51 +207,34 @@ def switch_on(
     Example:
         See :func:`switched_node`.
     """
-    return _SwitchOn.apply(x, switch, padding, mask, 1.0 if side == "query" else -1.0)
+    return apply(_SwitchOn, x, switch, padding, mask, 1.0 if side == "query" else -1.0)
 
 
-_Forward = TypeVar("_Forward", bound=Callable[..., Any])
+def apply(node: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """Return ``node.apply(*inputs)``, in eager code without the binding of inputs to a signature.
 
+    That binding, which fills in default values, takes longer than the rest of a node.
 
-class _Bound(inspect.BoundArguments):
-    """All arguments of a call."""
+    Args:
+        node: A function of autograd that has a ``setup_context``.
+        *inputs: All arguments of its forward, by position.
 
-    @property
-    def args(self) -> tuple[Any, ...]:
-        return tuple(self.arguments.values())
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        return {}
-
-    def apply_defaults(self) -> None:
-        """Do nothing, since no argument is missing."""
-
-
-class _Signature(inspect.Signature):
-    """The signature of a function that is given all its arguments, each by position."""
-
-    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
-        if kwargs or len(args) != len(self.parameters):
-            return super().bind(*args, **kwargs)
-        return _Bound(self, dict(zip(self.parameters, args, strict=True)))
-
-
-def signed(forward: _Forward) -> _Forward:
-    """Store the signature of a node's forward, to which autograd binds each call's arguments.
-
-    Autograd would work it out anew in each call, and binding takes longer than the rest of a node.
+    Example:
+        >>> import torch
+        >>> q = torch.ones(2, 1, requires_grad=True)
+        >>> apply(_SwitchOn, q, q.new_zeros(()), q.new_zeros(1, 2), None, 1.0).shape
+        torch.Size([2, 1])
     """
-    signature = inspect.signature(forward)
-    forward.__signature__ = _Signature([*signature.parameters.values()])  # type: ignore[attr-defined]
-    return forward
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return node.apply(*inputs)
+    inputs = unwrap_dead_wrappers(inputs)
+    return super(torch.autograd.Function, node).apply(*inputs)  # type: ignore[misc]
 
 
 # The factors are attributes of ctx. If they were saved for backward, changing them later would be a
 # version error.
 class _RescalingNode(torch.autograd.Function):
     @staticmethod
-    @signed
     def forward(
         x: Tensor,
         rescaling: Rescaling,
@@ -282,7 +264,6 @@ class _RescalingNode(torch.autograd.Function):
 
 class _SwitchedNode(torch.autograd.Function):
     @staticmethod
-    @signed
     def forward(
         x: Tensor,
         query: Rescaling,
@@ -320,7 +301,6 @@ class _SwitchedNode(torch.autograd.Function):
 
 class _SwitchOn(torch.autograd.Function):
     @staticmethod
-    @signed
     def forward(
         x: Tensor, switch: Tensor, padding: Tensor, mask: Tensor | None, sign: float
     ) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spanopt.mathematics.together import rescale_together, worthwhile
-from spanopt.node import signed
+from spanopt.node import apply
 from spanopt.rescaling import Rescaling
 from spanopt.setups import SPAN
 from spanopt.shards import is_spread
@@ -63,12 +63,11 @@ def pair_node(
         >>> q.grad.flatten().round(decimals=4), k.grad.flatten().round(decimals=4)
         (tensor([2., 2.]), tensor([3., 3.]))
     """
-    return _PairNode.apply(query, key, of_query, of_key, *masks)
+    return apply(_PairNode, query, key, of_query, of_key, *masks)
 
 
 class _PairNode(torch.autograd.Function):
     @staticmethod
-    @signed
     def forward(
         query: Tensor,
         key: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spanopt.compiling import not_compiled_alone
 from spanopt.declarations import Declaration, declare
+from spanopt.node import apply
 from spanopt.rescaling import Rescaling
 from spanopt.scale import SpanScale
 from spanopt.sites import AttentionSite
@@ -107,7 +108,8 @@ class ProjectionTap(Tap):
         thread.busy = True  # compiled code traces the backward here, outside of any call
         try:
             with keeping(place):
-                result = _ProjectionNode.apply(
+                result = apply(
+                    _ProjectionNode,
                     output,
                     projection.blocks,
                     projection.width,
