@@ -13,7 +13,7 @@ import torch
 from spanopt.taps.graph import Trail
 from spanopt.taps.notes import Notes
 from spanopt.taps.real import Tokens
-from spanopt.taps.running import calling_frame, is_over
+from spanopt.taps.running import calling_frame
 from spanopt.taps.streams import Streams
 
 __all__ = ["Call", "GivenTokens", "Repeats", "live_taps", "taps_by_name", "thread"]
@@ -62,7 +62,9 @@ class Call:
 
     def is_over(self) -> bool:
         """Return whether an exception has ended the call without its hooks being called."""
-        return is_over(self.frame, self.at)
+        # torch.compile makes a guard of this. So code that it compiled while the layer was running
+        # is not used after the layer has ended.
+        return self.frame is not None and self.frame.f_lasti != self.at
 
     def close(self) -> None:
         """Forget what was noted of tensors, and let go of the frame."""

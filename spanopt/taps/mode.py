@@ -128,15 +128,16 @@ class LayerMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        handler = self._handlers.get(name)
         if func is Tensor.unflatten:
             func = _unflatten
         call = self.current_call()
         if thread.busy or call is None or call.is_over():
             return func(*args, **kwargs)
+        handler = self._handlers.get(name)
         # Such a handler would do nothing. In eager code even its call takes time.
         if (
-            not torch.compiler.is_dynamo_compiling()
+            handler is not None
+            and not torch.compiler.is_dynamo_compiling()
             and getattr(handler, "follows_scores", False)
             and call.scores.is_empty()
         ):

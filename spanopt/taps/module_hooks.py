@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spanopt.compiling import constant_when_traced
 from spanopt.taps.calls import thread
 from spanopt.taps.layouts import OutputLayout
 from spanopt.taps.outputs import ProjectionTap
@@ -39,7 +37,7 @@ class Enter(Hook):
         Raises:
             RuntimeError: The model is being exported, and the program would lose the hooks.
         """
-        if _is_exporting():
+        if torch.compiler.is_exporting():
             raise RuntimeError(
                 f"layer {self.tap.site.name!r} is hooked by spanopt, which an exported program "
                 "would silently lose: detach() the optimizer or remove() the hooks first"
@@ -131,16 +129,6 @@ def drop_inert(module: nn.Module) -> None:
             del hooks[key]
             module._forward_hooks_always_called.pop(key, None)
             module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-@constant_when_traced  # before torch 2.11 it would be true in all code that is traced
-def _is_exporting() -> bool:
-    """Return whether ``torch.export`` runs the layer, and not ``torch.compile``."""
-    if hasattr(torch.compiler, "is_exporting"):
-        return torch.compiler.is_exporting()
-    dynamo: Any = sys.modules.get("torch._dynamo.symbolic_convert")  # torch 2.6
-    tracer = None if dynamo is None else getattr(dynamo.tls, "current_tx", None)
-    return torch.compiler._is_compiling_flag or (tracer is not None and tracer.export)
 
 
 def _inert(*args: Any) -> None:

@@ -67,6 +67,14 @@ class Notes(Generic[_T]):
         else:
             self.noted[id(x)] = weakref.ref(x), note
 
+    def add(self, x: Tensor, note: _T) -> bool:
+        """Put a note on a tensor that has none, in eager code. Return whether it had none."""
+        noted = self.noted.get(id(x))
+        if noted is not None and noted[0]() is x:
+            return False
+        self.noted[id(x)] = weakref.ref(x), note
+        return True
+
     def close(self) -> None:
         """Forget everything."""
         self._traced.clear()

@@ -22,8 +22,10 @@ def refuse(site: AttentionSite, **tensors: Tensor) -> None:
     Raises:
         TypeError: A tensor is nested, sparse or complex, or is only a part of Q or K.
     """
+    is_part = site.tap == "projection" or is_context_parallel()
     for name, x in tensors.items():
-        _refuse_part(site, name, x)
+        if is_part or is_spread(x):
+            _refuse_part(site, name, x)
         if x.is_nested or x.layout != torch.strided or not x.is_floating_point():
             size = "nested" if x.is_nested else tuple(x.shape)
             raise TypeError(

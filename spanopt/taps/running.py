@@ -18,7 +18,6 @@ __all__ = [
     "calls_forward_directly",
     "calls_of",
     "is_checkpointed",
-    "is_over",
     "is_own",
     "place_in",
     "roots_of_backward",
@@ -59,15 +58,6 @@ def calling_frame() -> tuple[FrameType | None, int]:
             return frame, frame.f_lasti
         frame = frame.f_back
     return None, 0
-
-
-def is_over(frame: FrameType | None, at: int) -> bool:
-    """Return whether an exception is known to have left a frame of :func:`calling_frame`.
-
-    ``torch.compile`` makes a guard of this. So code that it compiled while the layer was running is
-    not used after the layer has ended.
-    """
-    return frame is not None and frame.f_lasti != at
 
 
 def place_in(module: nn.Module, frame: FrameType | None = None) -> Place:

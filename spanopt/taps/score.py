@@ -36,7 +36,8 @@ def _scaled_dot_product_attention(
         _check_groups(tap, query, key, kwargs.get("enable_gqa", False))
         if tap.projects(query, key):
             seen = () if attn_mask is None else read_once(attn_mask, query.ndim)
-            same = query.shape[-2] == key.shape[-2] and tap.is_self_attention(query, key)
+            same = query.shape[-2] == key.shape[-2]
+            same = same and bool(seen) and tap.is_self_attention(query, key)
             queries, keys = tap.tokens(query, key, seen, same)
             others = other_sides(tap.rescaling.setup, tap.site.name, query, key)
             watcher, layer = tap.watching(), tap.site.name

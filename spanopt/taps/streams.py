@@ -7,7 +7,7 @@ This also tells a mask from a tensor that was computed from the scores, and a ke
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ _NEW = frozenset(
     f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
 ) | frozenset({"new", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"})
 
+_NESTED = (tuple, list, dict)
+_WITHOUT_TENSORS = (int, float, str, torch.Size, torch.dtype, torch.device)
+
 
 class Streams:
     """The inputs of one call of one layer, and what is computed from them.
@@ -45,17 +48,18 @@ class Streams:
         # Inputs without a gradient, such as angles or temperatures, may be used on one side only.
         # They do not count as streams if any input has a gradient.
         trained = [x.requires_grad for x in self._inputs]
-        self._streams = sum(
-            _OF_SCORES << (1 + bit)
-            for bit, requires_grad in enumerate(trained)
-            if requires_grad or not any(trained)
-        )
+        every = not any(trained)
         # A tensor's note is the bits of the inputs that it was computed from. If it was computed
         # from parameters alone, the note is that parameter, or _SEVERAL.
         self._notes: Notes[int | nn.Parameter | str] = Notes()
-        if not torch.compiler.is_dynamo_compiling():
-            for x in self._inputs:
-                self._notes[x] = self._input_bit(x)
+        self._streams = 0
+        bit = _OF_SCORES
+        for x, requires_grad in zip(self._inputs, trained, strict=True):
+            bit <<= 1
+            if every or requires_grad:
+                self._streams |= bit
+            if not torch.compiler.is_dynamo_compiling():
+                self._notes.add(x, bit)
 
     def input_nodes(self) -> list[Any]:
         """Return the inputs' nodes in the autograd graph."""
@@ -125,45 +129,43 @@ class Streams:
 
     def follow(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
         """Note what the result of a call of a function of this name was computed from."""
-        if name in _NEW:
+        if name in _NEW or (type(result) is not Tensor and isinstance(result, _WITHOUT_TENSORS)):
             return
         given = args
         if name in _SHAPED_AS:
             given = args[:1]
         elif kwargs:
             given = (*args, *kwargs.values())
-        bits = self._bits_in(given)
+        traced = torch.compiler.is_dynamo_compiling()
+        bits = self._traced_bits_in(given) if traced else self._bits_in(given)
         if not bits:
             self._follow_parameters(name, result, _tensors_in(given))
             return
-        if type(result) is Tensor and not torch.compiler.is_dynamo_compiling():
-            # This is written out for speed: most calls end here.
-            noted, key = self._notes.noted, id(result)
-            known = noted.get(key)
-            if known is None or known[0]() is not result:
-                noted[key] = weakref.ref(result), bits
-                return
         # A call without a result is an assignment to a part of the first argument.
-        for x in _tensors_in(args[:1] if result is None else result):
-            if self._input_bit(x) == 0:
+        changed = args[:1] if result is None else result
+        for x in (result,) if type(result) is Tensor else _tensors_in(changed):
+            # Most results are new. Inputs and scores stay what they are.
+            if (traced or not self._notes.add(x, bits)) and self._input_bit(x) == 0:
                 self._notes[x] = bits | (self._bits(x) & _OF_SCORES)
 
-    def _bits_in(self, values: Any) -> int:
-        """Return the bits of all tensors in nested tuples, lists and dicts."""
+    def _traced_bits_in(self, values: Any) -> int:
+        """Return the bits of all tensors in nested tuples, lists and dicts, in traced code."""
         bits = 0
-        if torch.compiler.is_dynamo_compiling():
-            for x in _tensors_in(values):
-                bits |= self._bits(x)
-            return bits
-        # This is written out for speed, since it runs for every function that a layer calls.
+        for x in _tensors_in(values):
+            bits |= self._bits(x)
+        return bits
+
+    def _bits_in(self, values: Iterable[Any]) -> int:
+        """Return the bits of all tensors in nested tuples, lists and dicts, in eager code."""
+        bits = 0
         noted = self._notes.noted
-        for x in values.values() if isinstance(values, dict) else values:
+        for x in values:  # this runs for every function that a layer calls
             known = noted.get(id(x))
             if known is not None:
                 if type(known[1]) is int and known[0]() is x:
                     bits |= known[1]
-            elif isinstance(x, (tuple, list, dict)):
-                bits |= self._bits_in(x)
+            elif isinstance(x, _NESTED):
+                bits |= self._bits_in(x.values() if isinstance(x, dict) else x)
         return bits
 
     def _follow_parameters(self, name: str, result: Any, given: list[Tensor]) -> None:
@@ -185,15 +187,15 @@ class Streams:
 
 def _arguments(value: Any) -> list[Tensor]:
     """Return the tensors that a layer was called with, also those in objects such as a batch."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        return [x for item in value for x in _arguments(item)]
-    if isinstance(value, Tensor):
-        return [value]
-    if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
-        return _tensors_in(list(vars(value).values()))
-    return []
+    found: list[Tensor] = []
+    for x in value:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, _NESTED):
+            found += _arguments(list(x.values()) if isinstance(x, dict) else x)
+        elif hasattr(x, "__dict__") and not isinstance(x, (nn.Module, type)):
+            found += _tensors_in(list(vars(x).values()))
+    return found
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
@@ -207,6 +209,6 @@ def _tensors_in(value: Any) -> list[Tensor]:
         for item in value:  # written out for speed: every function of a layer comes here
             if isinstance(item, Tensor):
                 found.append(item)
-            elif isinstance(item, (tuple, list, dict)):
+            elif isinstance(item, _NESTED):
                 found += _tensors_in(item)
     return found

@@ -73,8 +73,8 @@ _NAMES = (
 
 def _by_position(handler: Handler) -> Handler:
     def handle(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
-        named = [name for name in _NAMES if name in kwargs]
-        if named:
+        if kwargs:
+            named = [name for name in _NAMES if name in kwargs]
             args = (*args, *(kwargs[name] for name in named))
             kwargs = {name: x for name, x in kwargs.items() if name not in named}
         return handler(tap, func, *args, **kwargs)

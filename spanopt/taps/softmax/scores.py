@@ -142,7 +142,7 @@ WEIGHTS = Scores()
 def scores_of(tap: Tap, x: Any) -> Scores | None:
     """Return what is known of a tensor that is scores or weights; ``None`` for other tensors."""
     call = tap.current_call()
-    if call is None:
+    if call is None or not isinstance(x, Tensor):
         return None
     noted = call.scores.of(x)
     if noted is not None:
@@ -151,7 +151,7 @@ def scores_of(tap: Tap, x: Any) -> Scores | None:
             return scores
         lose(tap, x, "a change of it in place")  # of a view, or of what it is a view of
         return None
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+    if torch.compiler.is_compiling():
         return None
     if x.grad_fn is None or call.streams.knows(x):
         return None
