@@ -17,6 +17,8 @@ __all__ = [
     "AT_RATE",
     "LONG_AT_RATE",
     "MAIN_ARMS",
+    "RATES",
+    "RATE_ARMS",
     "fixed_rates_in_order",
 ]
 

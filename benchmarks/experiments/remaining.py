@@ -12,6 +12,8 @@ from experiments.fixed_rates import (
     AT_RATE,
     LONG_AT_RATE,
     MAIN_ARMS,
+    RATE_ARMS,
+    RATES,
     fixed_rates_in_order,
 )
 from experiments.search import CHOSEN, SEARCH, confirmation
@@ -37,8 +39,10 @@ def remaining_in_order() -> Iterator[Experiment]:
     yield AT_RATE[1e-3].part(("plain", *QK_FEW), FOUR)
     yield few(LOW["text-python-source"], THREE)
     yield AT_RATE[1e-3].part(("plain", *CHANCE), FOUR)
+    yield AT_RATE[1e-3].part(RATE_ARMS, FOUR)
     yield few(LOW["subwords"], THREE)
     yield few(LOW["paths"], FOUR)
+    yield from (AT_RATE[lr].part(RATE_ARMS, THREE) for lr in RATES)
     yield AT_RATE[16e-3].part(MAIN_ARMS, EIGHT)
     yield AT_RATE[1e-3].part(("plain", *OTHER_PROJECTIONS), EIGHT)
     yield LONG_AT_RATE[0].part(MAIN_ARMS[:3], THREE)
