@@ -45,9 +45,10 @@ def remaining_in_order() -> Iterator[Experiment]:
     yield from (AT_RATE[lr].part(RATE_ARMS, THREE) for lr in RATES)
     yield AT_RATE[16e-3].part(MAIN_ARMS, EIGHT)
     yield AT_RATE[1e-3].part(("plain", *OTHER_PROJECTIONS), EIGHT)
-    yield LONG_AT_RATE[0].part(MAIN_ARMS[:3], THREE)
     for d in (8, 32, 128):
-        yield few(LOW[f"head-dim-{d}"], FOUR)
+        yield few(LOW[f"head-dim-{d}"], THREE)
+    yield few(LOW["size-3x96"], THREE)
+    yield LONG_AT_RATE[0].part(MAIN_ARMS[:3], THREE)
     yield AT_RATE[2e-3].part(("plain", *CHANCE, *OTHER_PROJECTIONS), FOUR)
     yield from (few(e, EIGHT) for e in LOW.values())
     yield from fixed_rates_in_order()
