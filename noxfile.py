@@ -61,7 +61,7 @@ def install(session: nox.Session, *versions: str, group: tuple[str, ...] = TEST_
     What torch itself limits the versions of, by another limit in each release, is left to pip.
     """
     given = {re.split("[=<>]", version)[0].lower() for version in versions}
-    free = given | {"setuptools", "sympy", "torch"}
+    free = given | {"setuptools", "sympy", "torch", "triton"}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if line.split("==")[0].lower() not in free]
     constraints = Path(session.create_tmp()) / "constraints.txt"
