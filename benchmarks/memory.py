@@ -3,7 +3,8 @@
 Counted: the bytes that a forward pass saves for the backward pass beside the parameters, each
 storage once, and those of all tensors that Python reaches after a step. Measured: the peak of the
 resident set of a fresh process that takes some steps; processes take turns, and the ratio is that
-of neighbours.
+of neighbours. The C library is told to give every large block back to the system, since the holes
+that it keeps otherwise change the peak of equal processes by several per cent.
 
     python benchmarks/memory.py
     python benchmarks/memory.py "decoder N=512" --rounds 5
@@ -13,6 +14,7 @@ of neighbours.
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
@@ -71,7 +73,8 @@ def peak_in_fresh_process(case: Case, arm: str, threads: int) -> int:
     """Return the peak of a process of its own."""
     command = [sys.executable, __file__, case.name, "--peak", arm]
     command += ["--layers", str(case.layers), "--threads", str(threads)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # of the GNU C library
+    result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return int(result.stdout)
 
 
