@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch._dynamo.testing
 from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
