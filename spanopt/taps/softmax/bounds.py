@@ -90,15 +90,12 @@ def doubt_of(name: str, args: Any, kwargs: Any, known: list[Scores | None]) -> T
     return bound is not None and is_open(bound)
 
 
-def factor_of(
-    name: str, args: Any, kwargs: Any, known: list[Scores | None]
-) -> Tensor | float | None:
+def factor_of(name: str, args: Any, known: list[Scores | None]) -> Tensor | float | None:
     """Return what a product or quotient multiplies scores by; ``None`` where that is not known.
 
     Args:
         name: Name of the function, one of :data:`FACTORS`.
         args: Its arguments by position.
-        kwargs: Its arguments by name.
         known: What is known of each argument by position, where it is scores.
     """
     others = [x for x, scores in zip(args, known, strict=True) if scores is None]
@@ -106,6 +103,8 @@ def factor_of(
         return None
     factor: Tensor | float = others[0]
     if isinstance(factor, Tensor) and (factor.dtype == torch.bool or factor.numel() == 0):
+        return None
+    if not isinstance(factor, Tensor) and factor == 0:
         return None
     return 1 / factor if name in _DIVISIONS else factor
 

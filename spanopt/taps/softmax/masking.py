@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spanopt.taps.masks import allowed, allowed_by_fill, both, chosen, doubted, is_open
+from spanopt.taps.masks import allowed, both, chosen, doubted, is_open
 from spanopt.taps.softmax.axes import in_order
 from spanopt.taps.softmax.bounds import factor_of, upper_bound
 from spanopt.taps.softmax.following import elementwise
 from spanopt.taps.softmax.scores import carry, lose, scores_of
-from spanopt.taps.softmax.terms import Term, could_change
+from spanopt.taps.softmax.terms import Term, allowed_where, could_change
 from spanopt.taps.tap import Tap
 
 __all__ = ["add", "limit", "masked_fill", "note_mask", "rescale", "setitem", "sub", "where"]
@@ -28,7 +28,7 @@ def add(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     alpha = kwargs.get("alpha", 1) if known[0] else 1
     value = _times(masks[0], alpha, copy=args[0] is masks[0])
     result = elementwise(tap, func, *args, **kwargs)
-    note_mask(tap, result, allowed(value), value, sources=masks)
+    note_mask(tap, result, value, sources=masks)
     return result
 
 
@@ -41,7 +41,7 @@ def sub(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     factor = 1 if known[1] else -kwargs.get("alpha", 1)
     value = _times(x, factor, copy=args[0] is x)
     result = elementwise(tap, func, *args, **kwargs)
-    note_mask(tap, result, allowed(value), value, sources=[x])
+    note_mask(tap, result, value, sources=[x])
     return result
 
 
@@ -51,17 +51,19 @@ def limit(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     bound = upper_bound(func.__name__, args, kwargs, known) if any(known) else None
     result = elementwise(tap, func, *args, **kwargs)
     if bound is not None:
-        note_mask(tap, result, allowed(bound), bound, sources=[bound])
+        note_mask(tap, result, bound, sources=[bound])
     return result
 
 
 def rescale(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Follow scores times a factor, which may open what a mask closed, or close more."""
     known = [scores_of(tap, x) for x in args]
-    factor = factor_of(func.__name__, args, kwargs, known)
+    if not any(scores.terms for scores in known if scores is not None):
+        return elementwise(tap, func, *args, **kwargs)
+    factor = factor_of(func.__name__, args, known)  # before it may be changed in place
     result = elementwise(tap, func, *args, **kwargs)
     scores = scores_of(tap, result)
-    if scores is None or factor is None or not scores.terms:
+    if scores is None or factor is None:
         return result
     if not all(term.is_unchanged() for term in scores.terms):
         lose(tap, result, f"{func.__name__} after a change of the mask in place")
@@ -69,7 +71,8 @@ def rescale(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     terms = tuple([term.times(factor) for term in scores.terms])
     shown = scores.read
     for term in terms:
-        shown = both(doubted(shown, term.is_opened()), term.read())
+        if not term.closes_as_at_first():
+            shown = both(doubted(shown, term.is_opened()), term.read())
     return carry(tap, result, scores.but(read=shown, terms=terms))
 
 
@@ -137,13 +140,12 @@ def _note_fill(tap: Tap, x: Tensor, where: Tensor, value: Any, *sources: Tensor)
             carry(tap, x, scores.but(read=doubted(scores.read, (where & allowed(value)).any())))
         elif of_keys and is_open(value):
             carry(tap, x, scores.but(read=doubted(scores.read, where.any())))
-    note_mask(tap, x, allowed_by_fill(where, value), value, where, sources)
+    note_mask(tap, x, value, where, sources)
 
 
 def note_mask(
     tap: Tap,
     x: Tensor,
-    allowed: Tensor,
     value: Tensor | float,
     where: Tensor | None = None,
     sources: Sequence[Tensor] = (),
@@ -153,7 +155,6 @@ def note_mask(
     Args:
         tap: The tap.
         x: The scores.
-        allowed: Where the mask allows attention: boolean.
         value: What was added to the scores, or put in their place.
         where: Where it was put; ``None`` if it was added.
         sources: From what the mask was computed.
@@ -166,7 +167,8 @@ def note_mask(
         of_scores = any(tap.streams().is_of_scores(source) for source in sources)
         # Scores choose keys, and that alone tells nothing of padding.
         if not of_scores or tap.verdicts.has_padding():
-            told = scores.layout(x).read(allowed)
+            open_ = allowed_where(value, where)
+            told = scores.layout(x).read(open_)
             told = chosen(told) if of_scores else told
             scores = scores.but(read=both(scores.read, told))
         if not of_scores and could_change(value):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from spanopt.node import switched_node
-from spanopt.taps.masks import allowed
 from spanopt.taps.mode import keeping
 from spanopt.taps.real import Tokens, by_document
 from spanopt.taps.running import Place
@@ -73,7 +72,7 @@ def bmm(tap: Tap, func: Any, *args: Any, **kwargs: Any) -> Any:
     carry_product(tap, result, scores)
     if bias and beta != 0:
         value = bias[0].detach() * beta
-        note_mask(tap, result, allowed(value), value, sources=bias)
+        note_mask(tap, result, value, sources=bias)
     return result
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from spanopt.taps.masks import Read, allowed, allowed_by_fill, doubted, read, transposed
 from spanopt.taps.softmax.axes import Axes, in_order
 
-__all__ = ["Layout", "Term", "could_change"]
+__all__ = ["Layout", "Term", "allowed_where", "could_change"]
 
 # A closed score gets no weight either once it is raised to about -100, a ninetieth of what closes.
 _STILL_CLOSED = 90.0
@@ -112,13 +112,33 @@ class Term(NamedTuple):
         opened = self._allowed(self.low * _STILL_CLOSED) & ~self._allowed(1.0)
         return opened.any()
 
+    def closes_as_at_first(self) -> bool:
+        """Return whether the factors are known to change nothing of what the term closes."""
+        known = not isinstance(self.low, Tensor) and not isinstance(self.high, Tensor)
+        return known and bool(self.high <= 1 <= self.low * _STILL_CLOSED)
+
     def _allowed(self, factor: Tensor | float) -> Tensor:
         value = self.value.detach() if isinstance(self.value, Tensor) else self.value
-        value = value * factor
-        if self.where is not None:
-            return allowed_by_fill(self.where, value)
-        assert isinstance(value, Tensor)
-        return allowed(value)
+        return allowed_where(value * factor, self.where)
+
+
+def allowed_where(value: Tensor | float, where: Tensor | None) -> Tensor:
+    """Return where attention is allowed once a value is added to scores, or put in their place.
+
+    Args:
+        value: The value; a tensor if it is added.
+        where: Where it is put: boolean; ``None`` if it is added.
+
+    Example:
+        >>> allowed_where(torch.tensor([0.0, -1e9]), None)
+        tensor([ True, False])
+        >>> allowed_where(-1e9, torch.tensor([True, False]))
+        tensor([False,  True])
+    """
+    if where is not None:
+        return allowed_by_fill(where, value)
+    assert isinstance(value, Tensor)
+    return allowed(value)
 
 
 def could_change(value: Tensor | float) -> bool:
